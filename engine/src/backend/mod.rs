@@ -1,0 +1,148 @@
+//! What a device must be able to do. The model (`model.rs`) is written once over [`Backend`]; CPU and CUDA implement it.
+//!
+//! Activations are f32 in row-major [rows, width] buffers, one row a token; the residual stream is never rounded. With
+//! [`ComputeType::Bf16`] the operands of matrix products (activations, weights, keys, values) are rounded to bf16
+//! and products are accumulated in f32; with [`ComputeType::F32`] nothing is rounded.
+//!
+//! Every operation computes a row from that row alone, in an order of additions that depends neither on the other rows nor on how
+//! weights are split over ranks. That is what makes a sequence's tokens independent of its batch and of the mesh.
+
+pub mod cpu;
+
+use crate::checkpoint::Tensor;
+
+/// Precision of matrix products and of the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeType {
+    Bf16,
+    F32,
+}
+
+impl ComputeType {
+    /// Bytes of one element of the KV cache.
+    pub fn kv_bytes(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::F32 => 4,
+        }
+    }
+}
+
+/// The heads that one rank holds, and how they are rotated.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HeadShape {
+    /// Query heads; head i uses KV head i / (heads / kv_heads).
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// RoPE turns the first `rotary_dim` elements of a head, in pairs (i, i + rotary_dim/2); even, ≤ head_dim.
+    pub rotary_dim: usize,
+    /// Base of the angles: θ^(-2i/rotary_dim).
+    pub rope_theta: f64,
+}
+
+impl HeadShape {
+    /// Elements of one token's q, k and v together; q comes first, then k, then v.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+}
+
+/// Consecutive tokens of one sequence in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Index of the span's first token in the step.
+    pub first_row: u32,
+    pub num_tokens: u32,
+    /// Position of that token in its sequence; all earlier positions are in the KV cache.
+    pub first_position: u32,
+    /// Where the sequence's page table begins in [`StepBatch::page_table`]; entry i holds positions
+    /// i · page_tokens .. (i + 1) · page_tokens.
+    pub first_page: u32,
+    pub num_pages: u32,
+}
+
+/// The tokens of one step, flattened over its sequences. Reused from step to step.
+#[derive(Clone, Debug, Default)]
+pub struct StepBatch {
+    /// [num_tokens]
+    pub tokens: Vec<u32>,
+    /// [num_tokens]
+    pub positions: Vec<u32>,
+    pub spans: Vec<Span>,
+    pub page_table: Vec<u32>,
+}
+
+impl StepBatch {
+    pub fn num_tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.spans.clear();
+        self.page_table.clear();
+    }
+}
+
+/// A device failed or refused.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    #[error("out of {device} memory: {what} needs {bytes} bytes")]
+    OutOfMemory { device: &'static str, what: &'static str, bytes: usize },
+    #[error("{device} is not usable: {reason}")]
+    Unavailable { device: &'static str, reason: String },
+}
+
+/// The operations of the forward pass over opaque buffers.
+///
+/// Buffers are allocated once for the largest step; `rows` says how many rows of a call are in use. Shapes are the caller's duty
+/// (`model.rs` proves them when it is built); a violated one is a bug and panics.
+pub trait Backend: Send {
+    /// A weight matrix [rows, cols] in the device's memory; y = x · Wᵀ.
+    type Matrix: Send;
+    /// 1 + γ and β, both [hidden].
+    type Norm: Send;
+    /// f32 activations [capacity, width].
+    type Buffer: Send;
+    /// Keys (rotated) and values of one layer, [pages, page_tokens, kv_heads, head_dim] each.
+    type KvCache: Send;
+
+    fn matrix(&self, tensor: &Tensor) -> Result<Self::Matrix, BackendError>;
+    fn norm(&self, gamma: &Tensor, beta: &Tensor) -> Result<Self::Norm, BackendError>;
+    fn buffer(&self, capacity: usize, width: usize) -> Result<Self::Buffer, BackendError>;
+    fn kv_cache(&self, num_pages: usize, page_tokens: usize, shape: &HeadShape) -> Result<Self::KvCache, BackendError>;
+
+    /// out[t] = table[tokens[t] − first_id], or zeros where the table does not hold that id.
+    fn embed(&self, table: &Self::Matrix, first_id: u32, tokens: &[u32], out: &mut Self::Buffer);
+    /// out = (x − mean) / sqrt(var + eps) · (1 + γ) + β over each row; biased variance.
+    fn layer_norm(&self, rows: usize, x: &Self::Buffer, norm: &Self::Norm, eps: f32, out: &mut Self::Buffer);
+    /// out = x · Wᵀ.
+    fn linear(&self, rows: usize, x: &Self::Buffer, w: &Self::Matrix, out: &mut Self::Buffer);
+    /// out = relu(x · Wᵀ)².
+    fn linear_relu2(&self, rows: usize, x: &Self::Buffer, w: &Self::Matrix, out: &mut Self::Buffer);
+    /// out = x · Wᵀ, the sum over columns taken as `chunks` (a power of two) equal contiguous parts whose sums are added in a binary tree
+    /// ((c0 + c1) + (c2 + c3)) + …: the order in which ranks that hold the chunks apart would add them.
+    fn linear_chunked(&self, rows: usize, x: &Self::Buffer, w: &Self::Matrix, chunks: usize, out: &mut Self::Buffer);
+    /// Rotates q and k of `qkv` in place and stores k and v at their positions in the cache.
+    fn rope_append(&self, batch: &StepBatch, shape: &HeadShape, qkv: &mut Self::Buffer, kv: &mut Self::KvCache);
+    /// Causal attention of every token over its sequence's cache: softmax(q·kᵀ / sqrt(head_dim)) · v → out [tokens, heads · head_dim].
+    fn attention(
+        &self,
+        batch: &StepBatch,
+        shape: &HeadShape,
+        qkv: &Self::Buffer,
+        kv: &Self::KvCache,
+        out: &mut Self::Buffer,
+    );
+    /// x += y.
+    fn add(&self, rows: usize, x: &mut Self::Buffer, y: &Self::Buffer);
+    /// out[i] = x[indices[i]].
+    fn gather_rows(&self, x: &Self::Buffer, indices: &[u32], out: &mut Self::Buffer);
+    /// The first `rows` rows in host memory, [rows, width].
+    fn read<'a>(&self, rows: usize, x: &'a Self::Buffer) -> &'a [f32];
+    /// The same for writing; the device sees what was written before its next operation.
+    fn write<'a>(&self, rows: usize, x: &'a mut Self::Buffer) -> &'a mut [f32];
+}

@@ -1,0 +1,139 @@
+//! A job file run to its end: rows in, `responses.jsonl` out, in input order.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A job file. Field by field the contract that users write.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobFile {
+    pub schema: u32,
+    pub input: Input,
+    pub output: Output,
+    #[serde(default)]
+    pub prompt: Prompt,
+    #[serde(default)]
+    pub sampling: JobSampling,
+    #[serde(default)]
+    pub generation: Generation,
+    /// Launcher keys that a job file may override (`slurm.time`, `profile`, …); the engine does not read them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub launch: BTreeMap<String, toml::Value>,
+}
+
+/// Exactly one of the two.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Input {
+    /// JSON lines: `{"id"?, "prompt" | "messages", …}`; relative to the job file.
+    pub path: Option<PathBuf>,
+    pub prompts: Option<Vec<String>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Output {
+    /// Relative to the job file.
+    pub path: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Prompt {
+    /// A built-in template's name, "raw", or a file.
+    pub template: String,
+    pub system: String,
+}
+
+impl Default for Prompt {
+    fn default() -> Self {
+        Self { template: "nemotron".into(), system: String::new() }
+    }
+}
+
+/// The request fields of `PUT /generate`, same names and meaning.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JobSampling {
+    pub tokens_to_generate: u32,
+    pub min_tokens_to_generate: u32,
+    pub greedy: bool,
+    pub temperature: f32,
+    pub top_k: u32,
+    pub top_p: f32,
+    pub repetition_penalty: f32,
+    pub random_seed: u64,
+    pub end_strings: Vec<String>,
+}
+
+impl Default for JobSampling {
+    fn default() -> Self {
+        Self {
+            tokens_to_generate: 1024,
+            min_tokens_to_generate: 1,
+            greedy: true,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+            random_seed: 0,
+            end_strings: ["<|endoftext|>", "<extra_id_1>", "\u{11}", "<extra_id_1>User"].map(String::from).to_vec(),
+        }
+    }
+}
+
+/// What to do with a row whose prompt and new tokens exceed the context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ContextOverflow {
+    #[default]
+    Reject,
+    TruncateLeft,
+    ShortenGeneration,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Generation {
+    pub samples_per_prompt: u32,
+    pub context_overflow: ContextOverflow,
+    /// Share of rows that may fail before the run counts as failed.
+    pub max_failed: f64,
+}
+
+impl Default for Generation {
+    fn default() -> Self {
+        Self { samples_per_prompt: 1, context_overflow: ContextOverflow::Reject, max_failed: 0.0 }
+    }
+}
+
+/// How far a job is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct JobProgress {
+    pub rows_total: u64,
+    pub rows_done: u64,
+    pub rows_failed: u64,
+    pub prompt_tokens: u64,
+    pub completion_tokens: u64,
+}
+
+/// Why a job did not complete.
+#[derive(Debug, thiserror::Error)]
+pub enum JobError {
+    #[error("{path}: {reason}")]
+    Input { path: PathBuf, reason: String },
+    #[error("cannot write {path}")]
+    Output {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{failed} of {total} rows failed; at most {allowed} may")]
+    TooManyFailed { failed: u64, total: u64, allowed: u64 },
+    #[error("the engine failed: {0}")]
+    Engine(String),
+    #[error("stopped before the end")]
+    Stopped,
+}

@@ -1,0 +1,72 @@
+//! The resolved run: everything that is needed to start it, and to start it again. Written to `run.lock.toml`.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nemotron_engine::backend::ComputeType;
+use nemotron_engine::config::Mesh;
+use nemotron_engine::rank::{Device, Limits, ModelSource};
+use serde::{Deserialize, Serialize};
+
+/// A run after profile, cluster file, job file, environment and flags were layered and the plan showed that it fits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunSpec {
+    pub schema: u32,
+    pub name: String,
+    pub profile: String,
+    pub cluster: String,
+    pub model: ModelSource,
+    pub device: Device,
+    pub dtype: ComputeType,
+    /// Threads of one CPU rank.
+    pub threads: usize,
+    pub mesh: Mesh,
+    pub limits: Limits,
+    pub task: Task,
+    pub deadlines: Deadlines,
+}
+
+/// What the run is for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Task {
+    Serve {
+        host: IpAddr,
+        /// 0 lets the system choose.
+        port: u16,
+        /// No bearer token is asked for.
+        no_auth: bool,
+        /// Holds the bearer token; `None` uses the run's own `token` file.
+        token_file: Option<PathBuf>,
+        strict: bool,
+    },
+    Job {
+        /// Absolute.
+        file: PathBuf,
+        /// Only the first rows.
+        limit: Option<u64>,
+    },
+}
+
+/// How long each phase may take.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Deadlines {
+    #[serde(with = "crate::seconds")]
+    pub preflight: Duration,
+    #[serde(with = "crate::seconds")]
+    pub rendezvous: Duration,
+    #[serde(with = "crate::seconds")]
+    pub comm_init: Duration,
+    #[serde(with = "crate::seconds")]
+    pub loading: Duration,
+    #[serde(with = "crate::seconds")]
+    pub warmup: Duration,
+    #[serde(with = "crate::seconds")]
+    pub drain: Duration,
+    /// Work is queued but no step completes for so long: the run has hung.
+    #[serde(with = "crate::seconds")]
+    pub progress: Duration,
+}
