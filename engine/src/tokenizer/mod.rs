@@ -6,7 +6,21 @@
 #[derive(Clone)]
 pub struct Tokenizer {}
 
+/// A tokenizer file is damaged or of an unsupported kind.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {}
+
 impl Tokenizer {
+    /// Reads a SentencePiece model file (`tokenizer.model`).
+    pub fn from_sentencepiece(_bytes: &[u8]) -> Result<Self, TokenizerError> {
+        unimplemented!()
+    }
+
+    /// Reads a `tokenizer.json`.
+    pub fn from_json(_bytes: &[u8]) -> Result<Self, TokenizerError> {
+        unimplemented!()
+    }
+
     /// Number of ids.
     pub fn vocab_size(&self) -> usize {
         unimplemented!()
