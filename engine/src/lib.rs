@@ -11,3 +11,7 @@ pub mod report;
 pub mod request;
 pub mod serve;
 pub mod tokenizer;
+
+#[cfg(test)]
+#[path = "../../tests/support/parity_model.rs"]
+mod parity_model;

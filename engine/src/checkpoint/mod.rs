@@ -1,13 +1,32 @@
 //! Checkpoints: where the bytes of each logical tensor are, without copying them.
 //!
-//! A [`CheckpointSource`] names the tensors of the model the way the model thinks of them; a format (Hugging Face safetensors,
-//! later others) only has to say where their rows lie. Slicing for tensor parallelism is arithmetic on that answer.
+//! A [`CheckpointSource`] names the tensors of the model the way the model thinks of them; a format (Hugging Face safetensors, NeMo's
+//! zarr folder) only has to say where their rows lie. Slicing for tensor parallelism is arithmetic on that answer.
+//!
+//! [`open`] checks everything that can be checked without reading weights, so that a bad checkpoint is refused in milliseconds. What it
+//! reads may come from anywhere: nothing in a file makes it panic, or allocate more than that file's size.
 
+mod builtin;
+mod detect;
+mod fields;
+mod folder;
+mod hf;
+mod hf_config;
+mod nemo;
+mod nemo_config;
+mod safetensors_file;
+mod zarr;
+
+use std::io;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::config::ModelConfig;
-use crate::tokenizer::Tokenizer;
+use crate::config::{ConfigError, ModelConfig};
+use crate::tokenizer::{Tokenizer, TokenizerError};
+
+pub use builtin::BUILTIN_NAME;
+pub use detect::open;
 
 /// Element type of stored weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +72,7 @@ pub struct Block {
 }
 
 impl Block {
-    /// The bytes of one row.
+    /// The bytes of one row, which need not be aligned to its elements.
     pub fn row(&self, row: usize) -> &[u8] {
         let start = self.offset + row * self.stride * self.dtype.size();
         &self.storage.bytes()[start..start + self.cols * self.dtype.size()]
@@ -144,6 +163,50 @@ pub enum TensorName {
     Head,
 }
 
+impl TensorName {
+    /// Every tensor of a model.
+    pub fn all(config: &ModelConfig) -> impl Iterator<Item = Self> {
+        let of_layer = |layer| {
+            [
+                Self::AttentionNormGamma(layer),
+                Self::AttentionNormBeta(layer),
+                Self::Query(layer),
+                Self::Key(layer),
+                Self::Value(layer),
+                Self::Output(layer),
+                Self::MlpNormGamma(layer),
+                Self::MlpNormBeta(layer),
+                Self::Up(layer),
+                Self::Down(layer),
+            ]
+        };
+        std::iter::once(Self::Embedding).chain((0..config.num_layers).flat_map(of_layer)).chain([
+            Self::FinalNormGamma,
+            Self::FinalNormBeta,
+            Self::Head,
+        ])
+    }
+
+    /// Rows and columns of the whole tensor.
+    pub fn shape(self, config: &ModelConfig) -> [usize; 2] {
+        let hidden = config.hidden_size;
+        match self {
+            Self::Embedding | Self::Head => [config.vocab_size, hidden],
+            Self::Query(_) => [config.num_heads * config.head_dim, hidden],
+            Self::Key(_) | Self::Value(_) => [config.num_kv_heads * config.head_dim, hidden],
+            Self::Output(_) => [hidden, config.num_heads * config.head_dim],
+            Self::Up(_) => [config.ffn_size, hidden],
+            Self::Down(_) => [hidden, config.ffn_size],
+            Self::AttentionNormGamma(_)
+            | Self::AttentionNormBeta(_)
+            | Self::MlpNormGamma(_)
+            | Self::MlpNormBeta(_)
+            | Self::FinalNormGamma
+            | Self::FinalNormBeta => [1, hidden],
+        }
+    }
+}
+
 /// An opened checkpoint whose tensors were all found with the shapes that its configuration demands.
 pub trait CheckpointSource: Send + Sync {
     /// Name of the format, for people.
@@ -168,4 +231,43 @@ pub struct StoredTensor {
 
 /// A checkpoint is missing, damaged, or of another architecture.
 #[derive(Debug, thiserror::Error)]
-pub enum CheckpointError {}
+pub enum CheckpointError {
+    #[error("cannot read {}", path.display())]
+    Io {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("no checkpoint in {}: {expected}", path.display())]
+    NotFound { path: PathBuf, expected: &'static str },
+    #[error("{} is {format}, which this version does not read; {hint}", path.display())]
+    Unsupported { path: PathBuf, format: &'static str, hint: &'static str },
+    #[error("cannot use {}", file.display())]
+    Config {
+        file: PathBuf,
+        #[source]
+        source: ConfigError,
+    },
+    #[error("{} is damaged: {problem}", file.display())]
+    Damaged { file: PathBuf, problem: String },
+    #[error("missing tensor {tensor} in {}", path.display())]
+    MissingTensor { tensor: String, path: PathBuf },
+    #[error("tensor {tensor} has shape {found:?}, the configuration demands {expected:?} (in {})", file.display())]
+    Shape { tensor: String, file: PathBuf, found: Vec<usize>, expected: Vec<usize> },
+    #[error("tensor {tensor} has element type {dtype}, this engine reads bf16, f16 and f32 (in {})", file.display())]
+    Dtype { tensor: String, file: PathBuf, dtype: String },
+    #[error("no tokenizer in {}", path.display())]
+    MissingTokenizer { path: PathBuf },
+    #[error("cannot use {}", file.display())]
+    Tokenizer {
+        file: PathBuf,
+        #[source]
+        source: TokenizerError,
+    },
+}
+
+impl CheckpointError {
+    fn damaged(file: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
+        Self::Damaged { file: file.into(), problem: problem.into() }
+    }
+}
