@@ -1,18 +1,25 @@
 //! From a Nemotron checkpoint and requests to tokens.
 
 pub mod backend;
+pub mod chat;
 pub mod checkpoint;
 pub mod collective;
 pub mod config;
 pub mod engine;
 pub mod job;
+pub mod kv_cache;
 pub mod memory;
+pub mod mesh;
+pub mod model;
 pub mod rank;
 pub mod report;
 pub mod request;
+pub mod runner;
+pub mod sampler;
+pub mod scheduler;
+pub mod sequence;
 pub mod serve;
+pub mod spec;
+pub mod step;
 pub mod tokenizer;
-
-#[cfg(test)]
-#[path = "../../tests/support/parity_model.rs"]
-mod parity_model;
+pub mod wire;

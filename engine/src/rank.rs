@@ -1,74 +1,23 @@
 //! One rank, from its specification to a running part of the engine.
 
-use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::net::TcpStream;
 use std::sync::Arc;
-use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
-
-use crate::backend::{BackendError, ComputeType};
-use crate::checkpoint::CheckpointError;
+use crate::backend::cpu::CpuBackend;
+use crate::backend::BackendError;
+use crate::checkpoint::{self, CheckpointError};
+use crate::collective::host::HostCollective;
 use crate::collective::CollectiveError;
-use crate::config::{Mesh, MeshError};
-use crate::engine::Engine;
-use crate::report::Reporter;
-
-/// Where the weights are.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ModelSource {
-    /// The small model inside the binary.
-    Builtin,
-    /// A checkpoint directory.
-    Path(PathBuf),
-}
-
-/// What computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Device {
-    Cpu,
-    Cuda,
-}
-
-/// Everything that decides what a rank does. Equal on all ranks but for `rank`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct RankSpec {
-    pub rank: usize,
-    pub mesh: Mesh,
-    pub model: ModelSource,
-    pub device: Device,
-    pub dtype: ComputeType,
-    /// Threads that compute on this rank (CPU).
-    pub threads: usize,
-    pub limits: Limits,
-}
-
-/// Sizes that are fixed before anything is allocated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Limits {
-    /// Tokens of one page of the KV cache.
-    pub page_tokens: usize,
-    /// Pages of the KV cache.
-    pub num_pages: usize,
-    /// Tokens in one step at most.
-    pub max_step_tokens: usize,
-    /// Sequences that run at the same time at most.
-    pub max_sequences: usize,
-}
-
-/// How this rank finds the others, as the launcher's rendezvous found out.
-pub struct Peers {
-    /// Bound to this rank's own entry of `addresses`.
-    pub listener: TcpListener,
-    /// One per rank.
-    pub addresses: Vec<SocketAddr>,
-    /// Shared by the ranks of this run; authenticates every connection.
-    pub secret: Vec<u8>,
-    /// When connecting must be over.
-    pub deadline: Instant,
-}
+use crate::config::MeshError;
+use crate::engine::{Engine, EngineInfo, FRAME_END, FRAME_MAX, FRAME_PLAN, FRAME_RESULT, start_leader};
+use crate::mesh::{ConnectError, Control, connect_mesh};
+use crate::model::Model;
+use crate::report::{Phase, Reporter};
+use crate::request::{Event, LogprobSpec, Request, RowError, Sampling, Stopping};
+use crate::runner::Runner;
+pub use crate::spec::{Device, Limits, ModelSource, Peers, RankSpec};
+use crate::step::{StepPlan, StepResult};
+use crate::wire::{self, WireError};
 
 /// A started rank.
 pub enum Rank {
@@ -79,26 +28,114 @@ pub enum Rank {
 }
 
 /// A rank that executes plans until rank 0 ends the run.
-pub struct Follower {}
-
-impl Follower {
-    /// Blocks until the run ends.
-    ///
-    /// # Errors
-    /// A connection broke or the device failed.
-    pub fn run(self) -> Result<(), EngineError> {
-        unimplemented!()
-    }
+pub struct Follower {
+    control: TcpStream,
+    runner: Runner<CpuBackend, HostCollective>,
+    reporter: Arc<dyn Reporter>,
+    sends_results: bool,
 }
 
-/// Connects to the peers, loads this rank's part of the checkpoint, and decodes a warm-up token across all ranks.
+/// Connects to the peers, loads this rank's part of the checkpoint, and, on rank 0, decodes a warm-up token across all ranks.
 ///
 /// `peers` is `None` exactly when the mesh has one rank.
 ///
 /// # Errors
 /// The model does not suit the mesh, the checkpoint is bad, memory is short, or a peer is lost.
-pub fn start(_spec: RankSpec, _peers: Option<Peers>, _reporter: Arc<dyn Reporter>) -> Result<Rank, EngineError> {
-    unimplemented!()
+pub fn start(spec: &RankSpec, peers: Option<Peers>, reporter: Arc<dyn Reporter>) -> Result<Rank, EngineError> {
+    let RankSpec { rank, mesh, device, limits, .. } = *spec;
+    if device == Device::Cuda {
+        let Err(reason) = nemotron_kernels::probe();
+        return Err(BackendError::Unavailable { device: "CUDA", reason: reason.to_string() }.into());
+    }
+    let source = checkpoint::open(&spec.model)?;
+    let config = source.config().clone();
+    mesh.check(&config)?;
+    let tokenizer = source.tokenizer()?;
+    let vocab_size = config.vocab_size.min(tokenizer.vocab_size());
+
+    reporter.phase(Phase::CommInit);
+    let (collective, control) = match peers {
+        Some(peers) => {
+            let connected = connect_mesh(peers, mesh, rank)?;
+            (connected.collective, connected.control)
+        }
+        None => (HostCollective::single(), Control::Leader(Vec::new())),
+    };
+
+    reporter.phase(Phase::Loading);
+    let backend = CpuBackend::new(spec.threads, spec.dtype)?;
+    let progress = |done| reporter.progress(done);
+    let model = Model::load(backend, collective, source.as_ref(), mesh, rank, &limits, progress)?;
+    let runner = Runner::new(model, vocab_size, limits.max_sequences);
+
+    reporter.phase(Phase::Warmup);
+    match control {
+        Control::Follower(control) => {
+            let sends_results = rank == mesh.sampling_rank();
+            Ok(Rank::Follower(Follower { control, runner, reporter, sends_results }))
+        }
+        Control::Leader(followers) => {
+            let info = EngineInfo {
+                model_name: spec.model.name(),
+                max_context: config.max_context,
+                kv_tokens: limits.num_pages * limits.page_tokens,
+                config,
+                tokenizer,
+                mesh,
+                vocab_size,
+            };
+            let engine = start_leader(runner, info, limits, followers, Arc::clone(&reporter))?;
+            warm_up(&engine)?;
+            Ok(Rank::Leader(engine))
+        }
+    }
+}
+
+/// Decodes two tokens across all ranks: a prompt step and a decode step have then run everywhere.
+fn warm_up(engine: &Engine) -> Result<(), EngineError> {
+    let request = Request {
+        prompt: vec![engine.info().config.bos_id.unwrap_or(0)],
+        sampling: Sampling::default(),
+        stopping: Stopping { max_new_tokens: 2, ..Stopping::default() },
+        logprobs: LogprobSpec::default(),
+    };
+    let mut row = engine.submit(request).map_err(EngineError::Warmup)?;
+    while let Some(event) = row.events.blocking_recv() {
+        if let Event::Failed(error) = event {
+            // The engine's own error says more than the row's.
+            return Err(engine.failure().map_or(EngineError::Warmup(error), EngineError::Running));
+        }
+    }
+    Ok(())
+}
+
+impl Follower {
+    /// Blocks until the run ends.
+    ///
+    /// # Errors
+    /// A connection broke, rank 0's plan contradicts this rank's state, or the device failed.
+    pub fn run(mut self) -> Result<(), EngineError> {
+        let control = |source| EngineError::Control { peer: 0, source };
+        let (mut plan, mut result) = (StepPlan::default(), StepResult::default());
+        let mut bytes = Vec::new();
+        loop {
+            match wire::read_frame(&mut self.control, FRAME_MAX, &mut bytes).map_err(control)? {
+                FRAME_PLAN => {}
+                FRAME_END => return Ok(()),
+                kind => return Err(EngineError::Desync(format!("rank 0 sent message {kind} instead of a plan"))),
+            }
+            plan.decode(&bytes).map_err(|error| EngineError::Desync(error.to_string()))?;
+            self.runner.execute(&plan, &mut result)?;
+            if self.sends_results {
+                result.encode(&mut bytes);
+                wire::write_frame(&mut self.control, FRAME_RESULT, &bytes).map_err(control)?;
+            }
+            if plan.step == 1 {
+                self.reporter.phase(Phase::Ready);
+            }
+            self.reporter.steps(plan.step);
+        }
+    }
 }
 
 /// Why a rank could not start or go on.
@@ -110,10 +147,33 @@ pub enum EngineError {
     Mesh(#[from] MeshError),
     #[error("the device failed")]
     Backend(#[from] BackendError),
+    #[error("the ranks could not connect")]
+    Connect(#[from] ConnectError),
     #[error("communication between ranks failed")]
     Collective(#[from] CollectiveError),
+    #[error("lost the control connection to rank {peer}")]
+    Control {
+        peer: usize,
+        #[source]
+        source: WireError,
+    },
     #[error("ranks disagree: {0}")]
     Desync(String),
-    #[error("logits are not finite")]
-    NotFinite,
+    #[error("the warm-up token could not be decoded")]
+    Warmup(#[source] RowError),
+    #[error("the system refused a thread")]
+    Thread(#[from] std::io::Error),
+    /// What ended a running engine, shared by all who ask.
+    #[error(transparent)]
+    Running(Arc<Self>),
+}
+
+impl EngineError {
+    /// The error itself, however many handles share it.
+    pub fn cause(&self) -> &Self {
+        match self {
+            Self::Running(error) => error.cause(),
+            error => error,
+        }
+    }
 }

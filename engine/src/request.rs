@@ -59,7 +59,7 @@ pub enum StopMatch {
 }
 
 /// When a row ends.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stopping {
     /// New tokens at most; at least 1.
     pub max_new_tokens: u32,

@@ -1,0 +1,221 @@
+//! Nemotron's forward pass, written once over [`Backend`] and [`Collective`].
+//!
+//! This rank holds the layers of its pipeline stage and, of each, its share of heads and FFN. Products whose input is split over
+//! ranks (attention output, MLP down) are summed over the tensor-parallel group.
+
+use crate::backend::{Backend, HeadShape, StepBatch};
+use crate::checkpoint::{CheckpointSource, Tensor, TensorName};
+use crate::collective::{Collective, CollectiveError};
+use crate::config::Mesh;
+use crate::rank::EngineError;
+use crate::spec::Limits;
+
+/// Rows of logits that are computed at a time.
+pub const LOGIT_ROWS: usize = 64;
+
+/// One rank's part of the model, with its KV cache and the activations of one step.
+pub struct Model<B: Backend, C> {
+    backend: B,
+    collective: C,
+    /// Rows of the vocabulary from `first_id` on; stage 0.
+    embedding: Option<Embedding<B>>,
+    layers: Vec<Layer<B>>,
+    /// Last stage.
+    head: Option<Head<B>>,
+    shape: HeadShape,
+    norm_eps: f32,
+    /// Parts of this rank's sums; see [`ModelConfig::reduction_chunks`](crate::config::ModelConfig::reduction_chunks).
+    chunks: usize,
+    /// Residual stream, [tokens, hidden]
+    x: B::Buffer,
+    /// Normalised input of a product, [tokens, hidden]
+    h: B::Buffer,
+    /// [tokens, (heads + 2 · kv_heads) · head_dim]
+    qkv: B::Buffer,
+    /// [tokens, heads · head_dim]
+    attended: B::Buffer,
+    /// [tokens, ffn]
+    ffn: B::Buffer,
+    /// This rank's summand of a row-parallel product, [tokens, hidden]
+    partial: B::Buffer,
+}
+
+struct Embedding<B: Backend> {
+    /// [vocab / tp, hidden]
+    table: B::Matrix,
+    first_id: u32,
+}
+
+struct Layer<B: Backend> {
+    attention_norm: B::Norm,
+    /// [(heads + 2 · kv_heads) · head_dim, hidden]: q, k, v
+    qkv: B::Matrix,
+    /// [hidden, heads · head_dim]
+    output: B::Matrix,
+    mlp_norm: B::Norm,
+    /// [ffn, hidden]
+    up: B::Matrix,
+    /// [hidden, ffn]
+    down: B::Matrix,
+    kv: B::KvCache,
+}
+
+struct Head<B: Backend> {
+    norm: B::Norm,
+    /// [vocab / tp, hidden]
+    matrix: B::Matrix,
+    /// [LOGIT_ROWS, hidden]
+    x: B::Buffer,
+    h: B::Buffer,
+    /// This rank's columns, [LOGIT_ROWS, vocab / tp]; with one rank the product goes straight to `logits`.
+    local: Option<B::Buffer>,
+    /// [LOGIT_ROWS, vocab], complete on tensor-parallel rank 0
+    logits: B::Buffer,
+    is_sampling: bool,
+}
+
+impl<B: Backend, C: Collective<B>> Model<B, C> {
+    /// Runs a step through this rank's stage: tokens enter at stage 0, the residual stream goes from stage to stage.
+    pub fn forward(&mut self, batch: &StepBatch) -> Result<(), CollectiveError> {
+        let Self { backend, collective, shape, norm_eps: eps, chunks, x, h, qkv, attended, ffn, partial, .. } = self;
+        let rows = batch.num_tokens();
+        match &self.embedding {
+            Some(embedding) => {
+                backend.embed(&embedding.table, embedding.first_id, &batch.tokens, x);
+                collective.all_reduce(rows, x)?;
+            }
+            None => collective.recv_previous(rows, x)?,
+        }
+        for layer in &mut self.layers {
+            backend.layer_norm(rows, x, &layer.attention_norm, *eps, h);
+            backend.linear(rows, h, &layer.qkv, qkv);
+            backend.rope_append(batch, shape, qkv, &mut layer.kv);
+            backend.attention(batch, shape, qkv, &layer.kv, attended);
+            backend.linear_chunked(rows, attended, &layer.output, *chunks, partial);
+            collective.all_reduce(rows, partial)?;
+            backend.add(rows, x, partial);
+
+            backend.layer_norm(rows, x, &layer.mlp_norm, *eps, h);
+            backend.linear_relu2(rows, h, &layer.up, ffn);
+            backend.linear_chunked(rows, ffn, &layer.down, *chunks, partial);
+            collective.all_reduce(rows, partial)?;
+            backend.add(rows, x, partial);
+        }
+        if self.head.is_none() {
+            collective.send_next(rows, x)?;
+        }
+        Ok(())
+    }
+
+    /// Logits of at most [`LOGIT_ROWS`] rows of the last step, [rows, vocab]; `None` unless this rank samples.
+    /// All ranks of the last stage call it for the same rows.
+    pub fn logits(&mut self, rows: &[u32]) -> Result<Option<&mut [f32]>, CollectiveError> {
+        let Self { backend, collective, norm_eps, x, head, .. } = self;
+        let Some(head) = head else { return Ok(None) };
+        backend.gather_rows(x, rows, &mut head.x);
+        backend.layer_norm(rows.len(), &head.x, &head.norm, *norm_eps, &mut head.h);
+        match &mut head.local {
+            None => backend.linear(rows.len(), &head.h, &head.matrix, &mut head.logits),
+            Some(local) => {
+                backend.linear(rows.len(), &head.h, &head.matrix, local);
+                collective.gather_columns(rows.len(), local, &mut head.logits)?;
+            }
+        }
+        Ok(head.is_sampling.then(|| backend.write(rows.len(), &mut head.logits)))
+    }
+
+    /// Loads what `rank` holds of the checkpoint and allocates its cache and activations.
+    /// `progress` is told the share that is done.
+    ///
+    /// # Errors
+    /// The mesh does not divide the model, a tensor cannot be read, or memory is short.
+    pub fn load(
+        backend: B,
+        collective: C,
+        source: &dyn CheckpointSource,
+        mesh: Mesh,
+        rank: usize,
+        limits: &Limits,
+        progress: impl Fn(f64),
+    ) -> Result<Self, EngineError> {
+        let config = source.config();
+        mesh.check(config)?;
+        let (tp, tp_rank) = (mesh.tp, mesh.tp_rank(rank));
+        let shard = |size: usize| tp_rank * size / tp..(tp_rank + 1) * size / tp;
+        let (heads, kv_heads) = (shard(config.num_heads), shard(config.num_kv_heads));
+        let head_rows = |heads: std::ops::Range<usize>| heads.start * config.head_dim..heads.end * config.head_dim;
+        let shape = HeadShape {
+            heads: heads.len(),
+            kv_heads: kv_heads.len(),
+            head_dim: config.head_dim,
+            rotary_dim: config.rotary_dim(),
+            rope_theta: config.rope_theta,
+        };
+        let tensor = |name| source.tensor(name);
+        let norm = |gamma, beta| -> Result<_, EngineError> { Ok(backend.norm(&tensor(gamma)?, &tensor(beta)?)?) };
+        let matrix = |part: Tensor| backend.matrix(&part);
+
+        let stage_layers = mesh.layers(rank, config);
+        let is_first = mesh.stage(rank) == 0;
+        let is_last = mesh.stage(rank) == mesh.pp - 1;
+        let vocab = shard(config.vocab_size);
+        let embedding = if is_first {
+            let table = matrix(tensor(TensorName::Embedding)?.slice_rows(vocab.clone()))?;
+            Some(Embedding { table, first_id: vocab.start as u32 })
+        } else {
+            None
+        };
+        let mut layers = Vec::with_capacity(stage_layers.len());
+        for layer in stage_layers.clone() {
+            let qkv = Tensor::stack([
+                tensor(TensorName::Query(layer))?.slice_rows(head_rows(heads.clone())),
+                tensor(TensorName::Key(layer))?.slice_rows(head_rows(kv_heads.clone())),
+                tensor(TensorName::Value(layer))?.slice_rows(head_rows(kv_heads.clone())),
+            ]);
+            layers.push(Layer {
+                attention_norm: norm(TensorName::AttentionNormGamma(layer), TensorName::AttentionNormBeta(layer))?,
+                qkv: matrix(qkv)?,
+                output: matrix(tensor(TensorName::Output(layer))?.slice_cols(head_rows(heads.clone())))?,
+                mlp_norm: norm(TensorName::MlpNormGamma(layer), TensorName::MlpNormBeta(layer))?,
+                up: matrix(tensor(TensorName::Up(layer))?.slice_rows(shard(config.ffn_size)))?,
+                down: matrix(tensor(TensorName::Down(layer))?.slice_cols(shard(config.ffn_size)))?,
+                kv: backend.kv_cache(limits.num_pages, limits.page_tokens, &shape)?,
+            });
+            progress(layers.len() as f64 / stage_layers.len() as f64);
+        }
+        let head = if is_last {
+            let rows = LOGIT_ROWS;
+            Some(Head {
+                norm: norm(TensorName::FinalNormGamma, TensorName::FinalNormBeta)?,
+                matrix: matrix(tensor(TensorName::Head)?.slice_rows(vocab.clone()))?,
+                x: backend.buffer(rows, config.hidden_size)?,
+                h: backend.buffer(rows, config.hidden_size)?,
+                local: if tp > 1 { Some(backend.buffer(rows, vocab.len())?) } else { None },
+                logits: backend.buffer(rows, config.vocab_size)?,
+                is_sampling: tp_rank == 0,
+            })
+        } else {
+            None
+        };
+        let buffer = |width| backend.buffer(limits.max_step_tokens, width);
+        let (x, h, partial) = (buffer(config.hidden_size)?, buffer(config.hidden_size)?, buffer(config.hidden_size)?);
+        let (qkv, attended) = (buffer(shape.qkv_width())?, buffer(shape.heads * shape.head_dim)?);
+        let ffn = buffer(config.ffn_size / tp)?;
+        Ok(Self {
+            embedding,
+            layers,
+            head,
+            shape,
+            norm_eps: config.norm_eps,
+            chunks: (config.reduction_chunks() / tp).max(1),
+            x,
+            h,
+            qkv,
+            attended,
+            ffn,
+            partial,
+            backend,
+            collective,
+        })
+    }
+}

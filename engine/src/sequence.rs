@@ -1,0 +1,124 @@
+//! One row while it is generated: its tokens so far, and the rules that end it.
+
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::request::{Event, Finish, FinishReason, Request, StopMatch, Stopping};
+use crate::step::Slot;
+use crate::tokenizer::{Detokenizer, Tokenizer};
+
+/// A submitted row and everything that rank 0 knows of it.
+pub struct Sequence {
+    pub id: u64,
+    pub request: Request,
+    events: UnboundedSender<Event>,
+    /// Prompt tokens whose keys and values are (or will be, with the plan in flight) in the cache.
+    pub num_prefilled: usize,
+    pub num_generated: usize,
+    /// The last generated token; its keys and values are not in the cache yet.
+    pub last_token: u32,
+    pub slot: Slot,
+    pub pages: Vec<u32>,
+    stop_text: Option<StopText>,
+}
+
+impl Sequence {
+    pub fn new(id: u64, request: Request, events: UnboundedSender<Event>) -> Self {
+        Self {
+            id,
+            request,
+            events,
+            num_prefilled: 0,
+            num_generated: 0,
+            last_token: 0,
+            slot: Slot::MAX,
+            pages: Vec::new(),
+            stop_text: None,
+        }
+    }
+
+    /// Called once, when the row is admitted.
+    pub fn prepare_stops(&mut self, tokenizer: &Tokenizer) {
+        if !self.request.stopping.stop_strings.is_empty() {
+            self.stop_text = Some(StopText::new(tokenizer, &self.request.prompt, &self.request.stopping));
+        }
+    }
+
+    /// Positions that the row can reach.
+    pub fn max_len(&self) -> usize {
+        self.request.prompt.len() + self.request.stopping.max_new_tokens as usize
+    }
+
+    pub fn is_prefilled(&self) -> bool {
+        self.num_prefilled == self.request.prompt.len()
+    }
+
+    /// Whether nobody waits for the row any more.
+    pub fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Sends an event; a receiver that has gone is noticed by [`Self::is_cancelled`].
+    pub fn emit(&self, event: Event) {
+        let _ = self.events.send(event);
+    }
+
+    /// Takes note of a generated token and says whether it ends the row.
+    pub fn push(&mut self, id: u32) -> Option<Finish> {
+        self.last_token = id;
+        self.num_generated += 1;
+        let stopping = &self.request.stopping;
+        if stopping.eos_ids.contains(&id) || stopping.stop_ids.contains(&id) {
+            return Some(Finish { reason: FinishReason::Stop, text_len: None });
+        }
+        if let Some(text) = &mut self.stop_text
+            && let Some(text_len) = text.push(id, stopping)
+        {
+            return Some(Finish { reason: FinishReason::Stop, text_len });
+        }
+        (self.num_generated >= stopping.max_new_tokens as usize)
+            .then_some(Finish { reason: FinishReason::Length, text_len: None })
+    }
+}
+
+/// The row's text as far as stop strings need it.
+struct StopText {
+    detokenizer: Detokenizer,
+    /// The end of the prompt's text, then the new text.
+    text: String,
+    /// Where the new text begins.
+    new_text: usize,
+    /// Length of the longest stop string.
+    longest: usize,
+}
+
+impl StopText {
+    fn new(tokenizer: &Tokenizer, prompt: &[u32], stopping: &Stopping) -> Self {
+        let longest = stopping.stop_strings.iter().map(String::len).max().unwrap_or(0);
+        let mut text = String::new();
+        if stopping.stop_match == StopMatch::RowEndsWith {
+            text = tokenizer.decode(prompt);
+            let cut = text.floor_char_boundary(text.len().saturating_sub(longest));
+            text.drain(..cut);
+        }
+        let new_text = text.len();
+        Self { detokenizer: Detokenizer::new(tokenizer, prompt), text, new_text, longest }
+    }
+
+    /// `Some` when a stop string matches; in it, where the new text is to be cut.
+    fn push(&mut self, id: u32, stopping: &Stopping) -> Option<Option<usize>> {
+        let before = self.text.len();
+        self.detokenizer.push(id, &mut self.text);
+        match stopping.stop_match {
+            StopMatch::RowEndsWith => {
+                let complete = !self.detokenizer.pending();
+                let matches = |stop: &String| stop.is_empty() || complete && self.text.ends_with(stop.as_str());
+                stopping.stop_strings.iter().any(matches).then_some(None)
+            }
+            StopMatch::TextContains => {
+                let from = self.text.floor_char_boundary(before.saturating_sub(self.longest).max(self.new_text));
+                let found = stopping.stop_strings.iter().filter_map(|stop| self.text[from..].find(stop.as_str())).min();
+                found.map(|at| Some(from + at - self.new_text))
+            }
+        }
+    }
+}
