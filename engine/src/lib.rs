@@ -11,3 +11,4 @@ pub mod report;
 pub mod request;
 pub mod serve;
 pub mod tokenizer;
+pub mod wire;
