@@ -4,6 +4,12 @@
 //! buffer with rank ^ 2^k and adds. Additions of two floats commute, so all ranks get the same bits, and the order equals
 //! that of [`Backend::linear_chunked`] on one rank.
 
+pub mod host;
+pub mod shm;
+pub mod tcp;
+
+use std::io;
+
 use crate::backend::Backend;
 
 /// A connection to another rank broke or timed out.
@@ -13,7 +19,7 @@ pub struct CollectiveError {
     pub peer: usize,
     pub doing: &'static str,
     #[source]
-    pub source: std::io::Error,
+    pub source: io::Error,
 }
 
 /// The ranks that this rank computes with, over the buffers of its backend.
@@ -26,4 +32,28 @@ pub trait Collective<B: Backend>: Send {
     fn send_next(&mut self, rows: usize, x: &B::Buffer) -> Result<(), CollectiveError>;
     /// From the same tensor-parallel rank of the previous pipeline stage.
     fn recv_previous(&mut self, rows: usize, x: &mut B::Buffer) -> Result<(), CollectiveError>;
+}
+
+/// An ordered byte stream to one other rank. A peer that is gone is an error; one that is slow is waited for.
+pub trait Link: Send {
+    /// Sends all of `send` and fills all of `recv`. The peer may do the same at the same time, with any amount of bytes.
+    ///
+    /// # Errors
+    /// The peer is gone.
+    fn exchange(&mut self, send: &[u8], recv: &mut [u8]) -> io::Result<()>;
+
+    /// What it goes through, for a log.
+    fn medium(&self) -> &'static str;
+
+    /// # Errors
+    /// The peer is gone.
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.exchange(bytes, &mut [])
+    }
+
+    /// # Errors
+    /// The peer is gone.
+    fn recv(&mut self, bytes: &mut [u8]) -> io::Result<()> {
+        self.exchange(&[], bytes)
+    }
 }
