@@ -1,0 +1,197 @@
+//! Sixteen f32 lanes on every instruction set, with the same bits on each.
+//!
+//! A [`Kernel`] is written once over [`Simd`]; [`Isa::run`] compiles it for each instruction set and enters the one the CPU has. All
+//! products are fused multiply-adds and all sums have one order, so the sets differ in speed only. The exception is numbers below
+//! 2⁻¹²⁶: the bf16 dot product of AVX-512 takes and returns them as zero, the others compute with them.
+
+#[cfg(target_arch = "x86_64")]
+use super::x86;
+
+/// Vector operations. Those on pointers read or write 16 (or 32) elements, at any alignment.
+///
+/// # Safety
+/// Callers make sure that the CPU has the instruction set and that pointers are valid for that many elements.
+pub(super) trait Simd: Copy {
+    /// There are 32 registers that hold 16 lanes each, so that a 4 × 6 tile of sums fits.
+    const WIDE: bool;
+    /// 16 f32 lanes.
+    type F32: Copy;
+    /// 32 bf16; lane i holds elements 2i and 2i + 1.
+    type Pairs: Copy;
+
+    unsafe fn splat(value: f32) -> Self::F32;
+    unsafe fn load(from: *const f32) -> Self::F32;
+    /// 16 bf16 widened.
+    unsafe fn load_bf16(from: *const u16) -> Self::F32;
+    unsafe fn store(to: *mut f32, value: Self::F32);
+    unsafe fn mul(a: Self::F32, b: Self::F32) -> Self::F32;
+    /// a · b + c, rounded once.
+    unsafe fn mul_add(a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// The sum over lanes: 16 to 8 to 4 to 2 to 1, upper half added to lower.
+    unsafe fn sum(value: Self::F32) -> f32;
+
+    unsafe fn load_pairs(from: *const u16) -> Self::Pairs;
+    /// Adds the product of the odd elements and then that of the even ones to each lane of `c`, rounding after each: the order of
+    /// `vdpbf16ps`. A product of two bf16 is exact in f32.
+    unsafe fn dot_pairs(a: Self::Pairs, b: Self::Pairs, c: Self::F32) -> Self::F32;
+}
+
+/// Work that is compiled for each instruction set.
+pub(super) trait Kernel {
+    /// Must be `#[inline(always)]`, as everything it calls in a hot loop, to be compiled with the features of its caller.
+    ///
+    /// # Safety
+    /// The CPU has the instruction set.
+    unsafe fn run<S: Simd>(self);
+}
+
+/// An instruction set that this CPU has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Isa {
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+impl Isa {
+    /// Those of this CPU, fastest first.
+    pub(super) fn available() -> Vec<Self> {
+        let mut available = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq");
+            if avx512 && is_x86_feature_detected!("avx512bf16") {
+                available.push(Self::Avx512Bf16);
+            }
+            if avx512 {
+                available.push(Self::Avx512);
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                available.push(Self::Avx2);
+            }
+        }
+        available.push(Self::Portable);
+        available
+    }
+
+    pub(super) fn run<K: Kernel>(self, kernel: K) {
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512dq,avx512bf16")]
+        fn avx512_bf16<K: Kernel>(kernel: K) {
+            // SAFETY: these are the features of this instruction set.
+            unsafe { kernel.run::<x86::Avx512Bf16>() }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512dq")]
+        fn avx512<K: Kernel>(kernel: K) {
+            // SAFETY: these are the features of this instruction set.
+            unsafe { kernel.run::<x86::Avx512>() }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2<K: Kernel>(kernel: K) {
+            // SAFETY: these are the features of this instruction set.
+            unsafe { kernel.run::<x86::Avx2>() }
+        }
+        match self {
+            // SAFETY: an `Isa` names an instruction set that `available` found.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => unsafe { avx512_bf16(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => unsafe { avx512(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => unsafe { avx2(kernel) },
+            // SAFETY: portable code needs no feature.
+            Self::Portable => unsafe { kernel.run::<Portable>() },
+        }
+    }
+}
+
+/// Plain Rust, for CPUs without any of the others.
+#[derive(Clone, Copy)]
+pub(super) struct Portable;
+
+// Every method reads or writes only what its pointer is valid for by the trait's contract.
+impl Simd for Portable {
+    const WIDE: bool = false;
+    type F32 = [f32; 16];
+    type Pairs = [u16; 32];
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> [f32; 16] {
+        [value; 16]
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> [f32; 16] {
+        // SAFETY: valid for 16 elements.
+        unsafe { from.cast::<[f32; 16]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> [f32; 16] {
+        // SAFETY: valid for 16 elements.
+        unsafe { from.cast::<[u16; 16]>().read_unaligned() }.map(widen_bf16)
+    }
+
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, value: [f32; 16]) {
+        // SAFETY: valid for 16 elements.
+        unsafe { to.cast::<[f32; 16]>().write_unaligned(value) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: [f32; 16], b: [f32; 16], c: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn sum(mut value: [f32; 16]) -> f32 {
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                value[i] += value[i + half];
+            }
+        }
+        value[0]
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const u16) -> [u16; 32] {
+        // SAFETY: valid for 32 elements.
+        unsafe { from.cast::<[u16; 32]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_pairs(a: [u16; 32], b: [u16; 32], c: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| {
+            let odd = widen_bf16(a[2 * i + 1]).mul_add(widen_bf16(b[2 * i + 1]), c[i]);
+            widen_bf16(a[2 * i]).mul_add(widen_bf16(b[2 * i]), odd)
+        })
+    }
+}
+
+/// The value of a bf16.
+#[inline(always)]
+pub(super) fn widen_bf16(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// The bf16 nearest to `value`, ties to even; NaN stays NaN. Free of branches, so that loops over it are vectorised.
+#[inline(always)]
+pub(super) fn round_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet_nan = (bits >> 16) | 0x40;
+    (if value.is_nan() { quiet_nan } else { rounded }) as u16
+}

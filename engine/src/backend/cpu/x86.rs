@@ -1,0 +1,217 @@
+//! [`Simd`] by the intrinsics of x86-64.
+
+use std::arch::x86_64::*;
+
+use super::simd::Simd;
+
+/// AVX-512 with the bf16 dot product.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512Bf16;
+
+/// AVX-512 of the first generation.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512;
+
+/// AVX2 with fused multiply-add; 16 lanes are two registers.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2;
+
+/// Bits of the odd bf16 of a pair: those of its value as f32.
+const ODD: i32 = 0xffff_0000_u32 as i32;
+
+/// What the two AVX-512 sets share.
+macro_rules! avx512_lanes {
+    () => {
+        const WIDE: bool = true;
+        type F32 = __m512;
+        type Pairs = __m512i;
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> __m512 {
+            // SAFETY: the CPU has AVX-512, by the trait's contract.
+            unsafe { _mm512_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> __m512 {
+            // SAFETY: as above; valid for 16 elements.
+            unsafe { _mm512_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const u16) -> __m512 {
+            // SAFETY: as above; valid for 16 elements, 32 bytes.
+            unsafe {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store(to: *mut f32, value: __m512) {
+            // SAFETY: as above; valid for 16 elements.
+            unsafe { _mm512_storeu_ps(to, value) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+            // SAFETY: as above.
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul_add(a: __m512, b: __m512, c: __m512) -> __m512 {
+            // SAFETY: as above.
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+
+        #[inline(always)]
+        unsafe fn sum(value: __m512) -> f32 {
+            // SAFETY: as above.
+            unsafe { sum8(_mm256_add_ps(_mm512_castps512_ps256(value), _mm512_extractf32x8_ps::<1>(value))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_pairs(from: *const u16) -> __m512i {
+            // SAFETY: as above; valid for 32 elements, 64 bytes.
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+    };
+}
+
+impl Simd for Avx512Bf16 {
+    avx512_lanes!();
+
+    #[inline(always)]
+    unsafe fn dot_pairs(a: __m512i, b: __m512i, c: __m512) -> __m512 {
+        // SAFETY: the CPU has the instruction; both types are 512 bits.
+        unsafe {
+            _mm512_dpbf16_ps(
+                c,
+                std::mem::transmute::<__m512i, __m512bh>(a),
+                std::mem::transmute::<__m512i, __m512bh>(b),
+            )
+        }
+    }
+}
+
+impl Simd for Avx512 {
+    avx512_lanes!();
+
+    #[inline(always)]
+    unsafe fn dot_pairs(a: __m512i, b: __m512i, c: __m512) -> __m512 {
+        // SAFETY: the CPU has AVX-512, by the trait's contract.
+        unsafe {
+            let odd = _mm512_set1_epi32(ODD);
+            let c = _mm512_fmadd_ps(
+                _mm512_castsi512_ps(_mm512_and_si512(a, odd)),
+                _mm512_castsi512_ps(_mm512_and_si512(b, odd)),
+                c,
+            );
+            _mm512_fmadd_ps(
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(a)),
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(b)),
+                c,
+            )
+        }
+    }
+}
+
+impl Simd for Avx2 {
+    const WIDE: bool = false;
+    type F32 = [__m256; 2];
+    type Pairs = [__m256i; 2];
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> [__m256; 2] {
+        // SAFETY: the CPU has AVX2 and FMA, by the trait's contract.
+        unsafe { [_mm256_set1_ps(value); 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> [__m256; 2] {
+        // SAFETY: as above; valid for 16 elements.
+        unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> [__m256; 2] {
+        // SAFETY: as above; valid for 16 elements, 32 bytes.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, value: [__m256; 2]) {
+        // SAFETY: as above; valid for 16 elements.
+        unsafe {
+            _mm256_storeu_ps(to, value[0]);
+            _mm256_storeu_ps(to.add(8), value[1]);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: as above.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: as above.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(value: [__m256; 2]) -> f32 {
+        // SAFETY: as above.
+        unsafe { sum8(_mm256_add_ps(value[0], value[1])) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const u16) -> [__m256i; 2] {
+        // SAFETY: as above; valid for 32 elements, 64 bytes.
+        unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(16).cast())] }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_pairs(a: [__m256i; 2], b: [__m256i; 2], c: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: as above.
+        unsafe { [dot_pairs8(a[0], b[0], c[0]), dot_pairs8(a[1], b[1], c[1])] }
+    }
+}
+
+/// # Safety
+/// The CPU has AVX2 and FMA.
+#[inline(always)]
+unsafe fn dot_pairs8(a: __m256i, b: __m256i, c: __m256) -> __m256 {
+    // SAFETY: by this function's contract.
+    unsafe {
+        let odd = _mm256_set1_epi32(ODD);
+        let c = _mm256_fmadd_ps(
+            _mm256_castsi256_ps(_mm256_and_si256(a, odd)),
+            _mm256_castsi256_ps(_mm256_and_si256(b, odd)),
+            c,
+        );
+        _mm256_fmadd_ps(
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(a)),
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(b)),
+            c,
+        )
+    }
+}
+
+/// # Safety
+/// The CPU has AVX.
+#[inline(always)]
+unsafe fn sum8(value: __m256) -> f32 {
+    // SAFETY: by this function's contract.
+    unsafe {
+        let four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps::<1>(value));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+    }
+}
