@@ -16,7 +16,7 @@ use crate::collective::host::HostCollective;
 use crate::collective::shm::{Offer, Region, ShmLink};
 use crate::collective::tcp::TcpLink;
 use crate::config::Mesh;
-use crate::rank::Peers;
+use crate::spec::Peers;
 use crate::wire::{self, Acceptor, WireError, WithDeadline};
 
 /// Purpose of a handshake between ranks.

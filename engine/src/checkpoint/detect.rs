@@ -7,7 +7,7 @@ use super::folder::Folder;
 use super::hf::HfCheckpoint;
 use super::nemo::NemoCheckpoint;
 use super::{CheckpointError, CheckpointSource, builtin};
-use crate::rank::ModelSource;
+use crate::spec::ModelSource;
 
 /// Opens a checkpoint and checks that it has every tensor of its model, without reading any weight.
 ///

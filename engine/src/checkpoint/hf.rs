@@ -208,7 +208,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::{BUILTIN_NAME, Dtype, open};
     use crate::parity_model::{self, SMALL, TINY};
-    use crate::rank::ModelSource;
+    use crate::spec::ModelSource;
 
     fn fixture() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/tiny-hf")

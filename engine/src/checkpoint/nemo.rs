@@ -199,7 +199,7 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::{Dtype, open};
-    use crate::rank::ModelSource;
+    use crate::spec::ModelSource;
 
     fn fixture(name: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden").join(name)

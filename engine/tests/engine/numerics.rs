@@ -79,11 +79,38 @@ fn golden_checkpoint_in_bf16_stays_near_f32() {
     assert!(mean > 0.0, "bf16 was not used");
 }
 
+/// A SentencePiece BPE model of `vocab_size` pieces: the usual specials, the bytes, and made-up words.
+fn tokenizer_model(vocab_size: usize) -> Vec<u8> {
+    fn field(out: &mut Vec<u8>, number: u8, bytes: &[u8]) {
+        out.extend([number << 3 | 2, bytes.len() as u8]);
+        out.extend(bytes);
+    }
+    const NORMAL: u8 = 1;
+    const UNKNOWN: u8 = 2;
+    const CONTROL: u8 = 3;
+    const BYTE: u8 = 6;
+    let specials = [("<pad>", CONTROL), ("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)];
+    let specials = specials.map(|(text, kind)| (text.to_owned(), kind));
+    let bytes = (0..256).map(|byte| (format!("<0x{byte:02X}>"), BYTE));
+    let words = (0..).map(|word| (format!("word{word}"), NORMAL));
+    let mut model = Vec::new();
+    for (text, kind) in specials.into_iter().chain(bytes).chain(words).take(vocab_size) {
+        let mut piece = Vec::new();
+        field(&mut piece, 1, text.as_bytes());
+        piece.extend([3 << 3, kind]);
+        field(&mut model, 1, &piece);
+    }
+    const BPE_WITH_BYTE_FALLBACK: &[u8] = &[3 << 3, 2, 0x98, 0x02, 1];
+    field(&mut model, 2, BPE_WITH_BYTE_FALLBACK);
+    model
+}
+
 #[test]
 fn parity_with_transformers_in_f32() {
     for (size, model) in [("tiny", &parity_model::TINY), ("small", &parity_model::SMALL)] {
         let dir = tempfile::tempdir().unwrap();
         parity_model::write(model, 1, dir.path()).unwrap();
+        std::fs::write(dir.path().join("tokenizer.model"), tokenizer_model(model.vocab)).unwrap();
         let engine = engine(&ModelSource::Path(dir.path().into()), ComputeType::F32, ONE_RANK, LIMITS);
         let cases = json(&format!("parity/public/{size}.json"));
         let cases = cases["cases"].as_array().unwrap();
