@@ -1,9 +1,79 @@
 //! From a command line to running ranks, and what watches them.
 
+use std::process::ExitCode;
+
+use clap::FromArgMatches;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{Cli, Command, GlobalArgs};
+use crate::report::Outcome;
+
+pub mod cli;
+mod commands;
+pub mod env;
+pub mod keys;
 pub mod report;
 pub(crate) mod seconds;
 pub mod spec;
 
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+/// Parses the command line, runs the command, says why it failed, and ends with the documented code.
+pub fn main() -> ExitCode {
+    let parsed = cli::command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help goes to stdout; whoever closed it does not want to hear about it.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { report::Exit::Usage as u8 } else { 0 });
+        }
+    };
+    start_log(&cli);
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{failure}");
+            ExitCode::from(failure.exit as u8)
+        }
+    }
+}
+
+fn run(command: Command) -> Outcome {
+    match command {
+        Command::Launch(args) => commands::launch::run(&args),
+        Command::Plan(args) => commands::plan::run(&args),
+        Command::Profiles(command) => commands::profiles::run(&command),
+        Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Status(args) => commands::status::run(&args),
+        Command::Logs(args) => commands::logs::run(&args),
+        Command::Events(args) => commands::events::run(&args),
+        Command::Wait(args) => commands::wait::run(&args),
+        Command::Endpoint(args) => commands::endpoint::run(&args),
+        Command::Cancel(args) => commands::cancel::run(&args),
+        Command::Generate(args) => commands::generate::run(&args),
+        Command::Serve(args) => commands::serve::run(&args),
+        Command::Batch(args) => commands::batch::run(&args),
+        Command::Completions(args) => commands::completions::run(&args),
+        Command::Version(args) => commands::version::run(&args),
+        Command::Supervise(args) => commands::supervise::run(&args),
+        Command::Worker(args) => commands::worker::run(&args),
+    }
+}
+
+/// The log goes to stderr. Ranks and supervisors, whose stderr is a file, say what they do without being asked.
+fn start_log(cli: &Cli) {
+    let GlobalArgs { verbose, quiet, color } = cli.global;
+    let talkative = matches!(cli.command, Command::Supervise(_) | Command::Worker(_));
+    let level = match (quiet, verbose + u8::from(talkative)) {
+        (true, _) => LevelFilter::ERROR,
+        (false, 0) => LevelFilter::WARN,
+        (false, 1) => LevelFilter::INFO,
+        (false, _) => LevelFilter::DEBUG,
+    };
+    let filter = EnvFilter::builder().with_default_directive(level.into()).with_env_var(env::LOG).from_env_lossy();
+    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter);
+    match color {
+        clap::ColorChoice::Auto => log.init(),
+        choice => log.with_ansi(choice == clap::ColorChoice::Always).init(),
+    }
 }

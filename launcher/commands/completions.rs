@@ -1,0 +1,6 @@
+use crate::cli::CompletionsArgs;
+use crate::report::{Exit, Failure, Outcome};
+
+pub(crate) fn run(_args: &CompletionsArgs) -> Outcome {
+    Err(Failure::msg(Exit::Internal, "not built"))
+}
