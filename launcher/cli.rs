@@ -3,6 +3,7 @@
 //! A flag that names a configuration key stays `None` until it is given: [`crate::resolve`] layers it over the environment, the
 //! job file, the cluster file and the profile. [`command`] writes the variable and the default of those flags into their help.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -89,10 +90,10 @@ pub struct EngineArgs {
     #[arg(long, value_name = "DIR")]
     pub model: Option<String>,
     /// Ranks that split every layer (tensor parallelism): 1, 2, 4 or 8
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub tp: Option<u32>,
     /// Stages of layers (pipeline parallelism)
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub pp: Option<u32>,
     /// What computes
     #[arg(long, value_name = "DEVICE", value_parser = PossibleValuesParser::new(["cpu", "cuda"]))]
@@ -415,6 +416,9 @@ pub struct WorkerArgs {
     /// Which attempt of the run this is
     #[arg(long, value_name = "N", default_value_t = 0, env = crate::env::ATTEMPT)]
     pub attempt: u32,
+    /// Where the supervisor listens
+    #[arg(long, value_name = "ADDRESS", env = crate::env::SUPERVISOR)]
+    pub supervisor: SocketAddr,
 }
 
 /// The command line with the environment variable and the default of each configuration key in the help of its flag.
@@ -428,4 +432,60 @@ pub fn command() -> clap::Command {
             None => argument,
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    fn parse(line: &str) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(line.split(' ')).map(|cli| cli.command)
+    }
+
+    #[test]
+    fn the_declarations_are_consistent() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn help_names_variable_and_default_of_each_key() {
+        let mut command = command();
+        for name in ["launch", "serve"] {
+            let help = command.find_subcommand_mut(name).unwrap().render_long_help().to_string();
+            let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+            for expected in [
+                "[env: NEMOTRON_PORT=] [default: 1424]",
+                "[env: NEMOTRON_HOST=] [default: 127.0.0.1]",
+                "[env: NEMOTRON_TP=] [default: from the profile]",
+                "[env: NEMOTRON_MODEL=]",
+                "[env: NEMOTRON_PROFILE=]",
+                "[env: NEMOTRON_DTYPE=] [default: bf16]",
+            ] {
+                assert!(help.contains(expected), "{name}: {expected}\n{help}");
+            }
+        }
+    }
+
+    #[test]
+    fn launch_wants_exactly_one_task() {
+        assert!(parse("nemotron launch --profile cpu").is_err());
+        assert!(parse("nemotron launch --profile cpu --serve --job j.toml").is_err());
+        assert!(parse("nemotron launch --profile cpu --serve --detach --wait ready").is_ok());
+    }
+
+    #[test]
+    fn generate_defaults_are_those_of_the_recipe() {
+        let Ok(Command::Generate(args)) = parse("nemotron generate") else { panic!("generate") };
+        let (sampling, recipe) = (&args.sampling, JobSampling::default());
+        assert_eq!(sampling.tokens_to_generate, recipe.tokens_to_generate);
+        assert_eq!(sampling.end_strings(), recipe.end_strings);
+        assert!(sampling.greedy && !sampling.add_bos && args.prompt == "-");
+        let line =
+            "nemotron generate --greedy=false --add-bos --end-string a --end-string --b --timeout 2m --prompt --x";
+        let Ok(Command::Generate(args)) = parse(line) else { panic!("generate") };
+        assert!(!args.sampling.greedy && args.sampling.add_bos);
+        assert_eq!(args.sampling.end_strings(), ["a", "--b"]);
+        assert_eq!((args.timeout, args.prompt.as_str()), (Some(Duration::from_secs(120)), "--x"));
+    }
 }

@@ -19,6 +19,8 @@ pub struct Key {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Text,
+    /// A text; in a file, one with a `/` is relative to the file. `~/` is the home directory.
+    Path,
     Flag,
     /// A whole number, at least 1.
     Count,
@@ -37,7 +39,7 @@ pub const KEYS: &[Key] = &[
     key("profile", None, Kind::Text, "cpu for serve and batch", "hardware profile"),
     key("cluster", None, Kind::Text, "local", "cluster that runs it"),
     key("description", None, Kind::Text, "none", "what a profile or cluster file describes"),
-    key("model", None, Kind::Text, FROM_PROFILE, "checkpoint directory, `builtin`, or a known architecture to plan for"),
+    key("model", None, Kind::Path, FROM_PROFILE, "checkpoint directory, `builtin`, or a known architecture to plan for"),
     key("device", None, Kind::OneOf(&["cpu", "cuda"]), FROM_PROFILE, "what computes"),
     key("dtype", None, Kind::OneOf(&["bf16", "f32"]), "bf16", "precision of matrix products and of the KV cache"),
     key("threads", None, Kind::Count, "cores / ranks", "threads of one CPU rank"),
@@ -57,9 +59,9 @@ pub const KEYS: &[Key] = &[
     key("serve.host", Some("host"), Kind::Text, "127.0.0.1", "address to listen on"),
     key("serve.port", Some("port"), Kind::Port, "1424", "port to listen on; 0 lets the system choose"),
     key("serve.no_auth", Some("no_auth"), Kind::Flag, "false", "ask clients for no token"),
-    key("serve.token_file", Some("token_file"), Kind::Text, "the run's own", "file that holds the clients' token"),
+    key("serve.token_file", Some("token_file"), Kind::Path, "the run's own", "file that holds the clients' token"),
     key("serve.strict", Some("strict"), Kind::Flag, "false", "status 400 for invalid requests"),
-    key("login.run_root", Some("run_root"), Kind::Text, "~/.local/share/nemotron/runs", "folder that holds the runs"),
+    key("login.run_root", Some("run_root"), Kind::Path, "~/.local/share/nemotron/runs", "folder that holds the runs"),
     key("deadlines.preflight", None, Kind::Duration, "60s", "for a phase: checks of devices and paths"),
     key("deadlines.rendezvous", None, Kind::Duration, "180s", "for a phase: all ranks find each other"),
     key("deadlines.comm_init", None, Kind::Duration, "120s", "for a phase: all ranks connect"),
@@ -109,7 +111,7 @@ impl Kind {
     /// What is expected, for people.
     pub fn expected(self) -> String {
         match self {
-            Self::Text => "a text".into(),
+            Self::Text | Self::Path => "a text".into(),
             Self::Flag => "true or false".into(),
             Self::Count => "a whole number from 1 on".into(),
             Self::Port => "a port number from 0 to 65535".into(),
@@ -122,7 +124,7 @@ impl Kind {
     /// The value in the form that the rest of the launcher reads, if it is one of this kind.
     pub fn check(self, value: &Value) -> Option<Value> {
         let fits = match (self, value) {
-            (Self::Text, Value::String(_)) | (Self::Flag, Value::Boolean(_)) => true,
+            (Self::Text | Self::Path, Value::String(_)) | (Self::Flag, Value::Boolean(_)) => true,
             (Self::Count, Value::Integer(number)) => (1..=i64::from(u32::MAX)).contains(number),
             (Self::Port, Value::Integer(number)) => u16::try_from(*number).is_ok(),
             (Self::Number, Value::Float(number)) => number.is_finite() && *number > 0.0,
@@ -140,7 +142,7 @@ impl Kind {
     /// The same for a value that came as plain text, from the environment or `--set`.
     pub fn parse(self, text: &str) -> Option<Value> {
         let value = match self {
-            Self::Text | Self::OneOf(_) | Self::Duration => Value::String(text.into()),
+            Self::Text | Self::Path | Self::OneOf(_) | Self::Duration => Value::String(text.into()),
             Self::Flag => Value::Boolean(match text {
                 "true" | "1" | "yes" | "on" => true,
                 "false" | "0" | "no" | "off" => false,

@@ -1,20 +1,31 @@
 //! From a command line to running ranks, and what watches them.
 
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
-use clap::FromArgMatches;
+use clap::{ColorChoice, FromArgMatches};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Cli, Command, GlobalArgs};
+use crate::env::Environment;
 use crate::report::Outcome;
 
 pub mod cli;
+pub mod cluster;
 mod commands;
+pub mod config_file;
 pub mod env;
+pub mod host;
+pub mod job_file;
 pub mod keys;
+pub mod model;
+pub mod plan;
+pub mod profile;
 pub mod report;
+pub mod resolve;
 pub(crate) mod seconds;
+pub mod settings;
 pub mod spec;
 
 /// Parses the command line, runs the command, says why it failed, and ends with the documented code.
@@ -28,11 +39,12 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { report::Exit::Usage as u8 } else { 0 });
         }
     };
-    start_log(&cli);
+    let color = wants_color(cli.global.color);
+    start_log(&cli, color);
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("{failure}");
+            failure.print(color);
             ExitCode::from(failure.exit as u8)
         }
     }
@@ -60,20 +72,25 @@ fn run(command: Command) -> Outcome {
     }
 }
 
+/// Whether stderr shall be coloured.
+fn wants_color(choice: ColorChoice) -> bool {
+    match choice {
+        ColorChoice::Auto => std::io::stderr().is_terminal() && Environment::of_process().get("NO_COLOR").is_none(),
+        ColorChoice::Always => true,
+        ColorChoice::Never => false,
+    }
+}
+
 /// The log goes to stderr. Ranks and supervisors, whose stderr is a file, say what they do without being asked.
-fn start_log(cli: &Cli) {
-    let GlobalArgs { verbose, quiet, color } = cli.global;
+fn start_log(cli: &Cli, color: bool) {
+    let GlobalArgs { verbose, quiet, .. } = cli.global;
     let talkative = matches!(cli.command, Command::Supervise(_) | Command::Worker(_));
-    let level = match (quiet, verbose + u8::from(talkative)) {
+    let level = match (quiet, verbose.saturating_add(u8::from(talkative))) {
         (true, _) => LevelFilter::ERROR,
         (false, 0) => LevelFilter::WARN,
         (false, 1) => LevelFilter::INFO,
         (false, _) => LevelFilter::DEBUG,
     };
     let filter = EnvFilter::builder().with_default_directive(level.into()).with_env_var(env::LOG).from_env_lossy();
-    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter);
-    match color {
-        clap::ColorChoice::Auto => log.init(),
-        choice => log.with_ansi(choice == clap::ColorChoice::Always).init(),
-    }
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).with_ansi(color).init();
 }

@@ -4,6 +4,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serializer};
 
+/// The longest duration that makes sense.
+pub(crate) const MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+
 pub(crate) fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_f64(duration.as_secs_f64())
 }
@@ -13,9 +16,9 @@ pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<
     Duration::try_from_secs_f64(seconds).map_err(serde::de::Error::custom)
 }
 
-/// `90`, `1.5s`, `5m` or `2h`.
+/// `90`, `1.5s`, `5m` or `2h`; a year at most, so that a point in time can always be computed from it.
 pub(crate) fn parse(text: &str) -> Result<Duration, &'static str> {
-    const EXPECTED: &str = "expected seconds, or a number with s, m or h, such as 90s, 5m, 2h";
+    const EXPECTED: &str = "expected seconds, or a number with s, m or h, such as 90s, 5m, 2h; a year at most";
     let (number, unit) = text.split_at(text.find(|char: char| char.is_ascii_alphabetic()).unwrap_or(text.len()));
     let scale = match unit {
         "" | "s" => 1.0,
@@ -24,5 +27,6 @@ pub(crate) fn parse(text: &str) -> Result<Duration, &'static str> {
         _ => return Err(EXPECTED),
     };
     let seconds: f64 = number.parse().map_err(|_| EXPECTED)?;
-    Duration::try_from_secs_f64(seconds * scale).map_err(|_| EXPECTED)
+    let duration = Duration::try_from_secs_f64(seconds * scale).map_err(|_| EXPECTED)?;
+    if duration <= MAX { Ok(duration) } else { Err(EXPECTED) }
 }
