@@ -425,11 +425,11 @@ pub struct WorkerArgs {
 pub fn command() -> clap::Command {
     Cli::command().mut_subcommands(|subcommand| {
         subcommand.mut_args(|argument| match argument.get_long().and_then(keys::by_flag) {
-            Some(key) => {
+            Some(key) if argument.get_env().is_none() => {
                 let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
                 argument.help(format!("{help} [env: {}=] [default: {}]", key.variable(), key.default))
             }
-            None => argument,
+            _ => argument,
         })
     })
 }

@@ -16,6 +16,7 @@ pub mod cluster;
 mod commands;
 pub mod config_file;
 pub mod env;
+pub mod hardware;
 pub mod host;
 pub mod job_file;
 pub mod keys;

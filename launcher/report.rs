@@ -98,6 +98,7 @@ impl From<anyhow::Error> for Failure {
 impl From<CheckpointError> for Failure {
     fn from(error: CheckpointError) -> Self {
         Self::new(Exit::Checkpoint, anyhow::Error::new(error).context("the checkpoint cannot be used"))
+            .hint("a model is the directory of a Hugging Face or of an extracted NeMo checkpoint, or `builtin`")
     }
 }
 

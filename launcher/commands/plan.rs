@@ -2,10 +2,11 @@ use std::fmt::Write as _;
 
 use crate::cli::PlanArgs;
 use crate::env::Environment;
+use crate::hardware::GIB;
 use crate::host::Host;
 use crate::job_file;
 use crate::model::Model;
-use crate::plan::{self, GIB, Plan};
+use crate::plan::{self, Plan};
 use crate::report::{Outcome, print_json, print_line};
 use crate::settings::{Selection, Settings};
 
