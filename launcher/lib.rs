@@ -1,9 +1,97 @@
 //! From a command line to running ranks, and what watches them.
 
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+
+use clap::{ColorChoice, FromArgMatches};
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{Cli, Command, GlobalArgs};
+use crate::env::Environment;
+use crate::report::Outcome;
+
+pub mod cli;
+pub mod cluster;
+mod commands;
+pub mod config_file;
+pub mod env;
+pub mod hardware;
+pub mod host;
+pub mod job_file;
+pub mod keys;
+pub mod model;
+pub mod plan;
+pub mod profile;
 pub mod report;
+pub mod resolve;
 pub(crate) mod seconds;
+pub mod settings;
 pub mod spec;
 
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+/// Parses the command line, runs the command, says why it failed, and ends with the documented code.
+pub fn main() -> ExitCode {
+    let parsed = cli::command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help goes to stdout; whoever closed it does not want to hear about it.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { report::Exit::Usage as u8 } else { 0 });
+        }
+    };
+    let color = wants_color(cli.global.color);
+    start_log(&cli, color);
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.print(color);
+            ExitCode::from(failure.exit as u8)
+        }
+    }
+}
+
+fn run(command: Command) -> Outcome {
+    match command {
+        Command::Launch(args) => commands::launch::run(&args),
+        Command::Plan(args) => commands::plan::run(&args),
+        Command::Profiles(command) => commands::profiles::run(&command),
+        Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Status(args) => commands::status::run(&args),
+        Command::Logs(args) => commands::logs::run(&args),
+        Command::Events(args) => commands::events::run(&args),
+        Command::Wait(args) => commands::wait::run(&args),
+        Command::Endpoint(args) => commands::endpoint::run(&args),
+        Command::Cancel(args) => commands::cancel::run(&args),
+        Command::Generate(args) => commands::generate::run(&args),
+        Command::Serve(args) => commands::serve::run(&args),
+        Command::Batch(args) => commands::batch::run(&args),
+        Command::Completions(args) => commands::completions::run(&args),
+        Command::Version(args) => commands::version::run(&args),
+        Command::Supervise(args) => commands::supervise::run(&args),
+        Command::Worker(args) => commands::worker::run(&args),
+    }
+}
+
+/// Whether stderr shall be coloured.
+fn wants_color(choice: ColorChoice) -> bool {
+    match choice {
+        ColorChoice::Auto => std::io::stderr().is_terminal() && Environment::of_process().get("NO_COLOR").is_none(),
+        ColorChoice::Always => true,
+        ColorChoice::Never => false,
+    }
+}
+
+/// The log goes to stderr. Ranks and supervisors, whose stderr is a file, say what they do without being asked.
+fn start_log(cli: &Cli, color: bool) {
+    let GlobalArgs { verbose, quiet, .. } = cli.global;
+    let talkative = matches!(cli.command, Command::Supervise(_) | Command::Worker(_));
+    let level = match (quiet, verbose.saturating_add(u8::from(talkative))) {
+        (true, _) => LevelFilter::ERROR,
+        (false, 0) => LevelFilter::WARN,
+        (false, 1) => LevelFilter::INFO,
+        (false, _) => LevelFilter::DEBUG,
+    };
+    let filter = EnvFilter::builder().with_default_directive(level.into()).with_env_var(env::LOG).from_env_lossy();
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).with_ansi(color).init();
 }

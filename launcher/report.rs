@@ -1,6 +1,13 @@
 //! What a command ends with: an exit code from the documented table, and a text that says what failed, where, why, and what to do.
 
 use std::fmt;
+use std::io::{self, Write as _};
+
+use nemotron_engine::backend::BackendError;
+use nemotron_engine::checkpoint::CheckpointError;
+use nemotron_engine::config::MeshError;
+use nemotron_engine::job::JobError;
+use nemotron_engine::rank::EngineError;
 
 /// Documented exit codes. Scripts branch on them; a batch script passes on the cause's code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -56,6 +63,18 @@ impl Failure {
     }
 }
 
+impl Failure {
+    /// Says it on stderr, where it does not matter if nobody listens.
+    pub fn print(&self, color: bool) {
+        let text = self.to_string();
+        let text = match text.strip_prefix("error:") {
+            Some(rest) if color => format!("\x1b[1;31merror:\x1b[0m{rest}"),
+            _ => text,
+        };
+        _ = writeln!(io::stderr(), "{text}");
+    }
+}
+
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "error: {}", self.error)?;
@@ -74,6 +93,65 @@ impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
         Self::new(Exit::Internal, error)
     }
+}
+
+impl From<CheckpointError> for Failure {
+    fn from(error: CheckpointError) -> Self {
+        Self::new(Exit::Checkpoint, anyhow::Error::new(error).context("the checkpoint cannot be used"))
+            .hint("a model is the directory of a Hugging Face or of an extracted NeMo checkpoint, or `builtin`")
+    }
+}
+
+impl From<MeshError> for Failure {
+    fn from(error: MeshError) -> Self {
+        Self::new(Exit::DoesNotFit, anyhow::Error::new(error).context("the model cannot be split this way"))
+            .hint("--tp and --pp set the layout")
+    }
+}
+
+impl From<EngineError> for Failure {
+    fn from(error: EngineError) -> Self {
+        let exit = match &error {
+            EngineError::Checkpoint(_) => Exit::Checkpoint,
+            EngineError::Mesh(_) => Exit::DoesNotFit,
+            EngineError::Backend(BackendError::OutOfMemory { .. }) => Exit::OutOfMemory,
+            EngineError::Backend(_) => Exit::DeviceUnhealthy,
+            EngineError::Collective(_) => Exit::Communication,
+            EngineError::Desync(_) => Exit::Rendezvous,
+            EngineError::NotFinite => Exit::Numerical,
+        };
+        Self::new(exit, error)
+    }
+}
+
+impl From<JobError> for Failure {
+    fn from(error: JobError) -> Self {
+        let exit = match &error {
+            JobError::Input { .. } => Exit::Usage,
+            JobError::Output { .. } => Exit::OutputStorage,
+            JobError::TooManyFailed { .. } => Exit::TooManyFailedRows,
+            JobError::Engine(_) => Exit::Internal,
+            JobError::Stopped => Exit::Resumable,
+        };
+        Self::new(exit, error)
+    }
+}
+
+/// Writes a line of data to stdout; `false` when nobody reads any more, which is no failure.
+pub fn print_line(line: impl fmt::Display) -> Outcome<bool> {
+    let mut stdout = io::stdout().lock();
+    match writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => {
+            Err(Failure::new(Exit::OutputStorage, anyhow::Error::new(error).context("cannot write to stdout")))
+        }
+    }
+}
+
+/// Writes a value as one line of JSON to stdout; `false` when nobody reads any more.
+pub fn print_json(value: &impl serde::Serialize) -> Outcome<bool> {
+    print_line(serde_json::to_string(value).map_err(anyhow::Error::new)?)
 }
 
 pub type Outcome<T = ()> = Result<T, Failure>;

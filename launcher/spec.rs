@@ -1,5 +1,6 @@
 //! The resolved run: everything that is needed to start it, and to start it again. Written to `run.lock.toml`.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -47,6 +48,9 @@ pub enum Task {
         file: PathBuf,
         /// Only the first rows.
         limit: Option<u64>,
+        /// Keys of the job file that `--set` gave; [`crate::job_file::load_job`] applies them.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        overrides: BTreeMap<String, toml::Value>,
     },
 }
 

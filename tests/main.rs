@@ -1,1 +1,4 @@
+//! End-to-end tests on the real binary.
 
+mod cli;
+mod support;

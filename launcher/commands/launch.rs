@@ -1,0 +1,10 @@
+use crate::cli::LaunchArgs;
+use crate::env::Environment;
+use crate::host::Host;
+use crate::report::{Exit, Failure, Outcome};
+use crate::resolve;
+
+pub(crate) fn run(args: &LaunchArgs) -> Outcome {
+    let resolved = resolve::launch(args, &Environment::of_process(), &Host::probe()?)?;
+    Err(Failure::msg(Exit::Internal, format!("cannot start {:?}", resolved.spec)))
+}

@@ -1,0 +1,69 @@
+//! What the process inherits: variables, home and working directory. Nothing else in the launcher's resolution reads them.
+//!
+//! The constants are the variables that are no configuration keys; each key has its own, see [`crate::keys::Key::variable`].
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// When to use colours.
+pub const COLOR: &str = "NEMOTRON_COLOR";
+/// Filter of the log on stderr, such as `nemotron=debug`; overrides `-v` and `-q`.
+pub const LOG: &str = "NEMOTRON_LOG";
+/// Folder with profiles and cluster files, searched first.
+pub const CONFIG_DIR: &str = "NEMOTRON_CONFIG_DIR";
+/// Folder that holds the runs.
+pub const RUN_ROOT: &str = "NEMOTRON_RUN_ROOT";
+/// Server that `generate` asks.
+pub const URL: &str = "NEMOTRON_URL";
+/// File that holds the token of a server.
+pub const TOKEN_FILE: &str = "NEMOTRON_TOKEN_FILE";
+/// How long `generate` waits.
+pub const TIMEOUT: &str = "NEMOTRON_TIMEOUT";
+/// Rank of a worker.
+pub const RANK: &str = "NEMOTRON_RANK";
+/// Attempt that a worker belongs to.
+pub const ATTEMPT: &str = "NEMOTRON_ATTEMPT";
+/// Address at which the supervisor of a worker listens.
+pub const SUPERVISOR: &str = "NEMOTRON_SUPERVISOR";
+
+/// A snapshot of the surroundings; tests make their own.
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    variables: BTreeMap<String, String>,
+    /// Relative paths start here.
+    pub directory: PathBuf,
+}
+
+impl Environment {
+    pub fn new(variables: impl IntoIterator<Item = (String, String)>, directory: impl Into<PathBuf>) -> Self {
+        Self { variables: variables.into_iter().collect(), directory: directory.into() }
+    }
+
+    /// Of this process. Variables that are not Unicode count as absent.
+    pub fn of_process() -> Self {
+        let variables =
+            std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        Self::new(variables, std::env::current_dir().unwrap_or_default())
+    }
+
+    /// A variable; an empty one counts as absent.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.variables.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    /// An absolute path for `path`, which may start with `~/` and else is relative to `base`.
+    pub fn absolute(&self, path: &str, base: &Path) -> PathBuf {
+        match (path.strip_prefix("~/"), self.get("HOME")) {
+            (Some(rest), Some(home)) => Path::new(home).join(rest),
+            _ => base.join(path),
+        }
+    }
+
+    /// Folders with profiles and cluster files, first come first served.
+    pub fn config_dirs(&self) -> Vec<PathBuf> {
+        let own = self.get(CONFIG_DIR).map(|dir| self.absolute(dir, &self.directory));
+        let here = self.directory.join("cluster-configs");
+        let home = self.get("HOME").map(|home| Path::new(home).join(".config/nemotron"));
+        own.into_iter().chain([here]).chain(home).collect()
+    }
+}

@@ -1,0 +1,286 @@
+//! From arguments to a [`RunSpec`] that fits: layers are merged, the model is opened, the plan is made.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::cli::{BatchArgs, LaunchArgs, ServeArgs};
+use crate::cluster;
+use crate::env::Environment;
+use crate::host::Host;
+use crate::job_file::{self, LoadedJob};
+use crate::model::Model;
+use crate::plan::{self, Plan};
+use crate::report::{Exit, Failure, Outcome};
+use crate::seconds;
+use crate::settings::{Selection, Settings};
+use crate::spec::{Deadlines, RunSpec, Task};
+
+/// A run that can be started.
+#[derive(Clone, Debug)]
+pub struct Resolved {
+    /// Its name is empty when none was given.
+    pub spec: RunSpec,
+    /// Folder that holds the runs.
+    pub run_root: PathBuf,
+    pub plan: Plan,
+    /// Of a run that works through one; read and checked.
+    pub job: Option<LoadedJob>,
+    pub settings: Settings,
+}
+
+/// What `launch` would start.
+///
+/// # Errors
+/// Bad configuration, a bad checkpoint or job file, a model that does not fit, a cluster that this version cannot launch on.
+pub fn launch(args: &LaunchArgs, environment: &Environment, host: &Host) -> Outcome<Resolved> {
+    let selection = Selection {
+        engine: Some(&args.engine),
+        endpoint: Some(&args.endpoint),
+        cluster: args.cluster.as_deref(),
+        job: args.task.job.as_deref(),
+        default_profile: None,
+    };
+    let mut resolved = resolve(&selection, None, environment, host)?;
+    resolved.spec.name = args.name.clone().unwrap_or_default();
+    Ok(resolved)
+}
+
+/// What `serve` would start.
+///
+/// # Errors
+/// As for [`launch`].
+pub fn serve(args: &ServeArgs, environment: &Environment, host: &Host) -> Outcome<Resolved> {
+    let selection = Selection {
+        engine: Some(&args.engine),
+        endpoint: Some(&args.endpoint),
+        cluster: Some(cluster::LOCAL),
+        default_profile: Some("cpu"),
+        ..Selection::default()
+    };
+    resolve(&selection, None, environment, host)
+}
+
+/// What `batch` would start.
+///
+/// # Errors
+/// As for [`launch`].
+pub fn batch(args: &BatchArgs, environment: &Environment, host: &Host) -> Outcome<Resolved> {
+    let selection = Selection {
+        engine: Some(&args.engine),
+        cluster: Some(cluster::LOCAL),
+        job: Some(&args.job),
+        default_profile: Some("cpu"),
+        ..Selection::default()
+    };
+    resolve(&selection, args.limit, environment, host)
+}
+
+fn resolve(selection: &Selection<'_>, limit: Option<u64>, environment: &Environment, host: &Host) -> Outcome<Resolved> {
+    let settings = Settings::resolve(selection, environment)?;
+    let cluster = settings.text("cluster").unwrap_or(cluster::LOCAL).to_owned();
+    if cluster != cluster::LOCAL {
+        return Err(Failure::msg(Exit::Usage, format!("this version runs only on cluster local, not on {cluster}")));
+    }
+    let job = match selection.job {
+        Some(path) => Some(job_file::load(path, &settings.job_overrides, environment)?),
+        None => None,
+    };
+    let task = match &job {
+        Some(job) => Task::Job { file: job.path.clone(), limit, overrides: settings.job_overrides.clone() },
+        None => serve_task(&settings, environment)?,
+    };
+    let model = Model::of_settings(&settings, environment)?;
+    let (model_name, config) = model.describe()?;
+    let model = model.weights()?;
+    let plan = Plan::new(plan::Model { name: &model_name, config: &config }, &settings, host)?.check(&config, host)?;
+    let ranks_here = plan.hardware.devices_per_node;
+    let spec = RunSpec {
+        schema: 1,
+        name: String::new(),
+        profile: plan.profile.clone(),
+        cluster,
+        model,
+        device: plan.hardware.device,
+        dtype: plan.dtype,
+        threads: settings.count("threads").unwrap_or((host.cores / ranks_here).max(1)),
+        mesh: plan.mesh,
+        limits: plan.limits,
+        task,
+        deadlines: deadlines(&settings, &plan),
+    };
+    Ok(Resolved { spec, run_root: run_root(&settings, environment)?, plan, job, settings })
+}
+
+fn serve_task(settings: &Settings, environment: &Environment) -> Outcome<Task> {
+    let host = settings.text("serve.host").unwrap_or("127.0.0.1");
+    let no_auth = settings.flag("serve.no_auth");
+    let token_file = settings.text("serve.token_file").map(|file| environment.absolute(file, &environment.directory));
+    let task = Task::Serve {
+        host: parse_host(host)?,
+        port: settings.count("serve.port").and_then(|port| u16::try_from(port).ok()).unwrap_or(1424),
+        no_auth,
+        token_file: token_file.filter(|_| !no_auth),
+        strict: settings.flag("serve.strict"),
+    };
+    match &task {
+        Task::Serve { token_file: Some(file), .. } if !file.is_file() => {
+            Err(Failure::msg(Exit::Usage, format!("there is no token file {}", file.display()))
+                .hint("make it, or leave --token-file out: a token is made for the run"))
+        }
+        _ => Ok(task),
+    }
+}
+
+fn parse_host(text: &str) -> Outcome<IpAddr> {
+    match text {
+        "localhost" => Ok(IpAddr::from([127, 0, 0, 1])),
+        _ => text.parse().map_err(|_| {
+            Failure::msg(Exit::Usage, format!("{text} is not an IP address"))
+                .hint("listen on 127.0.0.1 for this machine alone, on 0.0.0.0 for all that can reach it")
+        }),
+    }
+}
+
+fn deadlines(settings: &Settings, plan: &Plan) -> Deadlines {
+    let or = |key, default| settings.duration(key).unwrap_or(Duration::from_secs(default));
+    let loading = Duration::try_from_secs_f64(4.0 * plan.load_seconds).unwrap_or(seconds::MAX);
+    Deadlines {
+        preflight: or("deadlines.preflight", 60),
+        rendezvous: or("deadlines.rendezvous", 180),
+        comm_init: or("deadlines.comm_init", 120),
+        loading: settings
+            .duration("deadlines.loading")
+            .unwrap_or(loading.clamp(Duration::from_secs(600), seconds::MAX)),
+        warmup: or("deadlines.warmup", 300),
+        drain: or("deadlines.drain", 120),
+        progress: or("deadlines.progress", 300),
+    }
+}
+
+/// Folder that holds the runs.
+///
+/// # Errors
+/// There is no home directory to put it into.
+pub fn run_root(settings: &Settings, environment: &Environment) -> Outcome<PathBuf> {
+    let root = settings.text("login.run_root").unwrap_or("~/.local/share/nemotron/runs");
+    if root.starts_with("~/") && environment.get("HOME").is_none() {
+        return Err(
+            Failure::msg(Exit::Usage, "there is no place for runs: HOME is not set").hint("set NEMOTRON_RUN_ROOT")
+        );
+    }
+    Ok(environment.absolute(root, &environment.directory))
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+    use clap::Parser as _;
+    use nemotron_engine::rank::{Device, ModelSource};
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    const HOST: Host = Host { cores: 8, available_bytes: 16 << 30 };
+
+    fn resolve(line: &str, variables: &[(&str, &str)], dir: &std::path::Path) -> Outcome<Resolved> {
+        let home = ("HOME", dir.to_str().unwrap());
+        let variables = variables.iter().chain([&home]).map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let environment = Environment::new(variables, dir);
+        match Cli::try_parse_from(line.split(' ')).unwrap().command {
+            Command::Launch(args) => launch(&args, &environment, &HOST),
+            Command::Serve(args) => serve(&args, &environment, &HOST),
+            Command::Batch(args) => batch(&args, &environment, &HOST),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn dir_with_job() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let job = "schema = 1\n[input]\nprompts = ['a']\n[output]\npath = 'o'\n[launch]\nprofile = 'cpu'\ntp = 2\n";
+        std::fs::write(dir.path().join("job.toml"), job).unwrap();
+        std::fs::write(dir.path().join("token"), "secret").unwrap();
+        dir
+    }
+
+    #[test]
+    fn serving_the_built_in_model_needs_no_flags() {
+        let dir = dir_with_job();
+        let Resolved { spec, run_root, job, .. } = resolve("nemotron serve", &[], dir.path()).unwrap();
+        assert_eq!((spec.profile.as_str(), spec.cluster.as_str(), spec.name.as_str()), ("cpu", "local", ""));
+        assert_eq!((spec.model.clone(), spec.device, spec.threads), (ModelSource::Builtin, Device::Cpu, 8));
+        assert_eq!((spec.limits.max_step_tokens, spec.limits.page_tokens, spec.limits.max_sequences), (512, 16, 256));
+        let task =
+            Task::Serve { host: [127, 0, 0, 1].into(), port: 1424, no_auth: false, token_file: None, strict: false };
+        assert_eq!(spec.task, task);
+        assert_eq!(run_root, dir.path().join(".local/share/nemotron/runs"));
+        assert!(job.is_none());
+        let text = toml::to_string(&spec).unwrap();
+        assert_eq!(toml::from_str::<RunSpec>(&text).unwrap(), spec);
+    }
+
+    #[test]
+    fn serve_flags_arrive() {
+        let dir = dir_with_job();
+        let line = "nemotron launch --profile cpu --serve --host 0.0.0.0 --port 0 --tp 2 --pp 2 --token-file token --strict --name n";
+        let Resolved { spec, run_root, .. } = resolve(line, &[("NEMOTRON_RUN_ROOT", "runs")], dir.path()).unwrap();
+        let token_file = Some(dir.path().join("token"));
+        let task = Task::Serve { host: [0, 0, 0, 0].into(), port: 0, no_auth: false, token_file, strict: true };
+        assert_eq!((spec.task, spec.name.as_str(), spec.threads), (task, "n", 2));
+        assert_eq!(run_root, dir.path().join("runs"));
+    }
+
+    #[test]
+    fn no_auth_goes_before_a_token_file_of_the_environment() {
+        let dir = dir_with_job();
+        let variables = [("NEMOTRON_TOKEN_FILE", "token")];
+        let no_auth = resolve("nemotron serve --no-auth", &variables, dir.path()).unwrap().spec.task;
+        assert!(matches!(no_auth, Task::Serve { no_auth: true, token_file: None, .. }), "{no_auth:?}");
+        let variables = [("NEMOTRON_NO_AUTH", "1")];
+        let token = resolve("nemotron serve --token-file token", &variables, dir.path()).unwrap().spec.task;
+        assert!(matches!(token, Task::Serve { no_auth: false, token_file: Some(_), .. }), "{token:?}");
+    }
+
+    #[test]
+    fn a_job_brings_its_launch_table() {
+        let dir = dir_with_job();
+        let line = "nemotron batch --job job.toml --limit 3 --set sampling.top_k=4";
+        let Resolved { spec, job, .. } = resolve(line, &[], dir.path()).unwrap();
+        assert_eq!((spec.mesh.tp, spec.threads), (2, 4));
+        assert_eq!(job.unwrap().file.sampling.top_k, 4);
+        let text = toml::to_string(&spec).unwrap();
+        assert_eq!(toml::from_str::<RunSpec>(&text).unwrap(), spec);
+        let Task::Job { file, limit, overrides } = spec.task else { panic!("{:?}", spec.task) };
+        assert_eq!((file.clone(), limit), (dir.path().join("job.toml"), Some(3)));
+        assert_eq!(job_file::load_job(&file, &overrides).unwrap().file.sampling.top_k, 4);
+        assert!(resolve("nemotron launch --job job.toml", &[], dir.path()).is_ok(), "the profile is the job's");
+    }
+
+    #[test]
+    fn failures_have_their_codes() {
+        let dir = dir_with_job();
+        std::fs::write(dir.path().join("site.toml"), "").unwrap();
+        for (line, exit, text) in [
+            ("launch --serve", Exit::Usage, "no profile is named"),
+            ("launch --serve --profile cpu --cluster eos", Exit::Usage, "there is no cluster `eos`"),
+            (
+                "launch --serve --profile cpu --cluster site.toml",
+                Exit::Usage,
+                "this version runs only on cluster local",
+            ),
+            ("serve --model /no/such", Exit::Checkpoint, "there is no checkpoint /no/such"),
+            ("serve --profile h200x8", Exit::Usage, "nemotron-4-340b has no weights here"),
+            ("serve --tp 3", Exit::DoesNotFit, "the model cannot be split this way"),
+            ("serve --host example.org", Exit::Usage, "example.org is not an IP address"),
+            ("serve --token-file nothing", Exit::Usage, "there is no token file"),
+            ("batch --job nothing.toml", Exit::Usage, "cannot read nothing.toml"),
+            ("batch --job job.toml --set sampling.top_p=2", Exit::Usage, "--set sampling.top_p: top_p must be"),
+        ] {
+            let failure = resolve(&format!("nemotron {line}"), &[], dir.path()).unwrap_err();
+            assert_eq!(failure.exit, exit, "{line}");
+            assert!(failure.to_string().contains(text), "{line}: {failure}");
+        }
+        let failure = resolve("nemotron serve --model .", &[], dir.path()).unwrap_err();
+        assert_eq!(failure.exit, Exit::Checkpoint, "a directory without a checkpoint");
+    }
+}
