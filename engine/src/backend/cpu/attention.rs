@@ -3,7 +3,7 @@
 //! A row is one query head of one token. Blocks begin at fixed positions of the sequence and a row takes its own part of each, so
 //! that its result depends neither on the tokens computed beside it nor on the size and order of pages.
 
-use super::gemm::{Output, tile};
+use super::gemm::{Output, dots};
 use super::matrix::Aligned;
 use super::product::{Element, Product};
 use super::simd::{Kernel, Simd};
@@ -23,6 +23,14 @@ pub(super) fn tokens_per_task(group: usize) -> usize {
     (TARGET_ROWS / group).max(1)
 }
 
+/// Keys and values of one layer, each [pages, page_tokens, kv_heads, padded head_dim].
+#[derive(Clone, Copy)]
+pub(super) struct Cache<'a, W> {
+    pub(super) keys: &'a [W],
+    pub(super) values: &'a [W],
+    pub(super) page_tokens: usize,
+}
+
 /// One task: some consecutive tokens of a sequence with the query heads that share one KV head.
 pub(super) struct Attention<'a, P: Product> {
     /// q of the first token's first head of the group; `q_stride` elements from token to token. Heads are `head_dim` apart.
@@ -34,11 +42,8 @@ pub(super) struct Attention<'a, P: Product> {
     pub(super) head_dim: usize,
     /// Position of the first token.
     pub(super) position: usize,
-    /// [pages, page_tokens, kv_heads, padded head_dim]
-    pub(super) keys: &'a [P::W],
-    pub(super) values: &'a [P::W],
+    pub(super) cache: Cache<'a, P::W>,
     pub(super) page_table: &'a [u32],
-    pub(super) page_tokens: usize,
     pub(super) kv_heads: usize,
     pub(super) kv_head: usize,
     /// The result of token t and head h of the group begins at `first + t · out_stride + h · head_dim`; no other task writes there.
@@ -118,15 +123,16 @@ impl<P: Product> Attention<'_, P> {
 
         for start in (0..end).step_by(KEY_BLOCK) {
             let len = KEY_BLOCK.min(end - start);
-            let mut keys = [self.keys.as_ptr(); KEY_BLOCK];
-            let mut values = [self.values.as_ptr(); KEY_BLOCK];
+            let Cache { keys: all_keys, values: all_values, page_tokens } = self.cache;
+            let mut keys = [all_keys.as_ptr(); KEY_BLOCK];
+            let mut values = [all_values.as_ptr(); KEY_BLOCK];
             for j in 0..len {
                 let position = start + j;
-                let page = self.page_table[position / self.page_tokens] as usize;
-                let slot = page * self.page_tokens + position % self.page_tokens;
+                let page = self.page_table[position / page_tokens] as usize;
+                let slot = page * page_tokens + position % page_tokens;
                 let first = (slot * self.kv_heads + self.kv_head) * dim;
-                keys[j] = self.keys[first..first + dim].as_ptr();
-                values[j] = self.values[first..first + dim].as_ptr();
+                keys[j] = all_keys[first..first + dim].as_ptr();
+                values[j] = all_values[first..first + dim].as_ptr();
             }
 
             // Tokens before the block see none of it.
@@ -227,20 +233,18 @@ unsafe fn score_rows<S: Simd, P: Product, const MR: usize, const NR: usize>(
         while j + NR <= keys.len() {
             let mut w = [keys[j]; NR];
             w.copy_from_slice(&keys[j..j + NR]);
-            let mut sums = [[S::splat(0.0); NR]; MR];
-            tile::<S, P, MR, NR>(x, w, dim, &mut sums);
+            let sums = dots::<S, P, MR, NR>(x, w, dim);
             for r in 0..MR {
                 for c in 0..NR {
-                    rows[r].scores[j + c] = S::sum(sums[r][c]) * scale;
+                    rows[r].scores[j + c] = sums[r][c] * scale;
                 }
             }
             j += NR;
         }
         while j < keys.len() {
-            let mut sums = [[S::splat(0.0)]; MR];
-            tile::<S, P, MR, 1>(x, [keys[j]], dim, &mut sums);
+            let sums = dots::<S, P, MR, 1>(x, [keys[j]], dim);
             for r in 0..MR {
-                rows[r].scores[j] = S::sum(sums[r][0]) * scale;
+                rows[r].scores[j] = sums[r][0] * scale;
             }
             j += 1;
         }

@@ -44,16 +44,16 @@ pub(super) struct RopeTable {
 }
 
 impl RopeTable {
-    /// Fills the table up to `last`. It grows by doubling, so that decoding seldom waits for it.
-    pub(super) fn grow_to(&mut self, last: usize, shape: &HeadShape) {
+    /// Makes the table hold the first `positions` positions. It grows by doubling, so that decoding seldom waits for it.
+    pub(super) fn grow(&mut self, positions: usize, shape: &HeadShape) {
         if (self.rotary_dim, self.theta) != (shape.rotary_dim, shape.rope_theta) {
             *self = Self { rotary_dim: shape.rotary_dim, theta: shape.rope_theta, values: Vec::new() };
         }
         let dim = self.rotary_dim;
-        if dim == 0 || last < self.values.len() / dim {
+        if positions * dim <= self.values.len() {
             return;
         }
-        for position in self.values.len() / dim..(last + 1).next_power_of_two() {
+        for position in self.values.len() / dim..positions.next_power_of_two() {
             let angle = |i: usize| position as f64 * self.theta.powf(-2.0 * i as f64 / dim as f64);
             self.values.extend((0..dim / 2).map(|i| angle(i).cos() as f32));
             self.values.extend((0..dim / 2).map(|i| angle(i).sin() as f32));

@@ -12,15 +12,8 @@ use super::simd::{Kernel, Simd};
 pub(super) const ROW_BLOCK: usize = 64;
 /// Most rows of W that one task multiplies.
 pub(super) const COLUMN_BLOCK: usize = 48;
-/// Elements of the sum after which a tile gives way to the next one, so that the weights of a strip are read from the first-level cache.
-const DEPTH_BLOCK: usize = 1536;
 /// Logarithm of the largest number of chunks.
 pub(super) const MAX_LEVELS: usize = 7;
-
-/// Partial sums of one element of y.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Lanes([f32; 16]);
 
 /// Where tasks write y; each writes elements that no other does.
 #[derive(Clone, Copy)]
@@ -100,212 +93,193 @@ impl<P: Product> Gemm<'_, P> {
     /// The CPU has S.
     #[inline(always)]
     unsafe fn multiply<S: Simd, const MR: usize, const NR: usize>(&self) {
-        // What the loads below rely on.
+        // What the loads of the tiles rely on.
         let Task { rows, cols, chunks, .. } = self.task;
-        let num_columns = self.task.panel.rows;
-        assert!(0 < rows && rows <= ROW_BLOCK && (rows - 1) * self.x_stride + cols <= self.x.len());
-        assert!(0 < num_columns && (num_columns - 1) * self.w_stride + cols <= self.w.len());
-        assert!(chunks.is_power_of_two() && cols % chunks == 0);
-        let levels = chunks.trailing_zeros() as usize;
-        assert!(levels <= MAX_LEVELS);
+        let columns = self.task.panel.rows;
+        assert!(0 < rows && (rows - 1) * self.x_stride + cols <= self.x.len());
+        assert!(0 < columns && (columns - 1) * self.w_stride + cols <= self.w.len());
+        assert!(chunks.is_power_of_two() && chunks <= 1 << MAX_LEVELS && cols.is_multiple_of(chunks));
 
-        let width = cols / chunks;
-        let mut lanes = [[Lanes([0.0; 16]); NR]; ROW_BLOCK];
-        let mut part = [[0.0; NR]; ROW_BLOCK];
-        let mut sums = [[[0.0; NR]; ROW_BLOCK]; MAX_LEVELS + 1];
-        for column in (0..num_columns).step_by(NR) {
-            let columns = NR.min(num_columns - column);
-            for chunk in 0..chunks {
-                // SAFETY: the chunk lies in the operands, which were measured above.
-                unsafe { self.dots::<S, MR, NR>(column, columns, chunk * width, width, &mut lanes, &mut part) };
-                // Sums of 2, 4, … chunks are completed as a binary counter carries.
-                let mut level = 0;
-                while chunk >> level & 1 == 1 {
-                    for row in 0..rows {
-                        for c in 0..NR {
-                            part[row][c] += sums[level][row][c];
-                        }
-                    }
-                    level += 1;
-                }
-                sums[level][..rows].copy_from_slice(&part[..rows]);
+        let whole_tiles = columns - columns % NR;
+        // SAFETY: the tiles have columns below `columns`.
+        unsafe {
+            for column in (0..whole_tiles).step_by(NR) {
+                self.columns::<S, MR, NR>(column);
             }
-            for row in 0..rows {
-                for c in 0..columns {
-                    let sum = sums[levels][row][c];
-                    let relu = if sum < 0.0 { 0.0 } else { sum };
-                    let value = if self.task.relu2 { relu * relu } else { sum };
-                    let index =
-                        (self.task.first_row + row) * self.task.out_stride + self.task.panel.first_row + column + c;
-                    // SAFETY: no other task has this row with this panel.
-                    unsafe { self.task.out.write(index, value) }
-                }
+            for column in whole_tiles..columns {
+                self.columns::<S, MR, 1>(column);
             }
         }
     }
 
-    /// Sums over elements `start .. start + width` of all rows of x with `columns` ≤ NR rows of W, by way of `lanes`.
+    /// All rows of x with NR rows of W, which stay in the cache meanwhile.
     ///
     /// # Safety
-    /// The CPU has S; the ranges lie in the operands.
+    /// The CPU has S; `multiply` has measured the operands; `column + NR` rows of W exist.
     #[inline(always)]
-    unsafe fn dots<S: Simd, const MR: usize, const NR: usize>(
-        &self,
-        column: usize,
-        columns: usize,
-        start: usize,
-        width: usize,
-        lanes: &mut [[Lanes; NR]; ROW_BLOCK],
-        sums: &mut [[f32; NR]; ROW_BLOCK],
-    ) {
-        lanes[..self.task.rows].fill([Lanes([0.0; 16]); NR]);
-        let full = width - width % P::STEP;
-        // SAFETY: offsets stay in the ranges.
-        unsafe {
-            let x = self.x.as_ptr().add(start);
-            let w = self.w.as_ptr().add(column * self.w_stride + start);
-            for k in (0..full).step_by(DEPTH_BLOCK) {
-                let depth = DEPTH_BLOCK.min(full - k);
-                let strip =
-                    Strip::<P> { x: x.add(k), x_stride: self.x_stride, w: w.add(k), w_stride: self.w_stride, depth };
-                strip.accumulate::<S, MR, NR>(self.task.rows, columns, lanes);
-            }
-            if full < width {
-                let mut x_end = [[P::X::from_f32(0.0); 32]; ROW_BLOCK];
-                let mut w_end = [[P::W::from_f32(0.0); 32]; NR];
-                for row in 0..self.task.rows {
-                    x.add(row * self.x_stride + full).copy_to_nonoverlapping(x_end[row].as_mut_ptr(), width - full);
-                }
-                for c in 0..columns {
-                    w.add(c * self.w_stride + full).copy_to_nonoverlapping(w_end[c].as_mut_ptr(), width - full);
-                }
-                let strip = Strip::<P> {
-                    x: x_end.as_ptr().cast(),
-                    x_stride: 32,
-                    w: w_end.as_ptr().cast(),
-                    w_stride: 32,
-                    depth: P::STEP,
-                };
-                strip.accumulate::<S, MR, NR>(self.task.rows, columns, lanes);
-            }
-        }
-        for row in 0..self.task.rows {
-            for c in 0..columns {
-                // SAFETY: the lanes are 16 f32.
-                sums[row][c] = unsafe { S::sum(S::load(lanes[row][c].0.as_ptr())) };
-            }
-        }
-    }
-}
-
-/// A part of the sums, a multiple of `P::STEP` long, of rows of x with a few rows of W.
-struct Strip<P: Product> {
-    x: *const P::X,
-    x_stride: usize,
-    w: *const P::W,
-    w_stride: usize,
-    depth: usize,
-}
-
-impl<P: Product> Strip<P> {
-    /// # Safety
-    /// The CPU has S; `depth` elements of `rows` rows of x and `columns` ≤ NR rows of W can be read.
-    #[inline(always)]
-    unsafe fn accumulate<S: Simd, const MR: usize, const NR: usize>(
-        &self,
-        rows: usize,
-        columns: usize,
-        lanes: &mut [[Lanes; NR]; ROW_BLOCK],
-    ) {
+    unsafe fn columns<S: Simd, const MR: usize, const NR: usize>(&self, column: usize) {
+        let rows = self.task.rows;
         let mut row = 0;
-        // SAFETY: `tile` gets rows below `rows` and columns below `columns`.
+        // SAFETY: the tiles have rows below `rows`.
         unsafe {
             while row + MR <= rows {
-                self.tiles::<S, MR, NR>(row, columns, lanes);
+                self.tile::<S, MR, NR>(row, column);
                 row += MR;
             }
-            while row + 2 <= rows {
-                self.tiles::<S, 2, NR>(row, columns, lanes);
+            if row + 2 <= rows {
+                self.tile::<S, 2, NR>(row, column);
                 row += 2;
             }
             if row < rows {
-                self.tiles::<S, 1, NR>(row, columns, lanes);
+                self.tile::<S, 1, NR>(row, column);
             }
         }
     }
 
     /// # Safety
-    /// As `accumulate`, for rows `row .. row + MR`.
+    /// As `columns`; `row + MR` rows of x exist.
     #[inline(always)]
-    unsafe fn tiles<S: Simd, const MR: usize, const NR: usize>(
-        &self,
-        row: usize,
-        columns: usize,
-        lanes: &mut [[Lanes; NR]; ROW_BLOCK],
-    ) {
-        let mut x = [self.x; MR];
-        let mut w = [self.w; NR];
-        // SAFETY: by this method's contract; pointers of columns that do not exist are not read.
+    unsafe fn tile<S: Simd, const MR: usize, const NR: usize>(&self, row: usize, column: usize) {
+        let task = &self.task;
+        let width = task.cols / task.chunks;
+        let mut x = [self.x.as_ptr(); MR];
+        let mut w = [self.w.as_ptr(); NR];
+        let mut sums = [[[0.0; NR]; MR]; MAX_LEVELS + 1];
+        // SAFETY: the rows exist and have `cols` elements; no other task has these rows of y with this panel.
         unsafe {
             for r in 0..MR {
-                x[r] = self.x.add((row + r) * self.x_stride);
+                x[r] = x[r].add((row + r) * self.x_stride);
             }
-            for c in 0..columns {
-                w[c] = self.w.add(c * self.w_stride);
+            for c in 0..NR {
+                w[c] = w[c].add((column + c) * self.w_stride);
             }
-            if columns == NR {
-                let mut sums = [[S::splat(0.0); NR]; MR];
-                for r in 0..MR {
-                    for c in 0..NR {
-                        sums[r][c] = S::load(lanes[row + r][c].0.as_ptr());
+            for chunk in 0..task.chunks {
+                let mut part = dots::<S, P, MR, NR>(x, w, width);
+                x = advanced(x, width);
+                w = advanced(w, width);
+                // Sums of 2, 4, … chunks are completed as a binary counter carries.
+                let mut level = 0;
+                while chunk >> level & 1 == 1 {
+                    for (part, earlier) in part.as_flattened_mut().iter_mut().zip(sums[level].as_flattened()) {
+                        *part += earlier;
                     }
+                    level += 1;
                 }
-                tile::<S, P, MR, NR>(x, w, self.depth, &mut sums);
-                for r in 0..MR {
-                    for c in 0..NR {
-                        S::store(lanes[row + r][c].0.as_mut_ptr(), sums[r][c]);
-                    }
-                }
-            } else {
-                for c in 0..columns {
-                    let mut sums = [[S::splat(0.0)]; MR];
-                    for r in 0..MR {
-                        sums[r][0] = S::load(lanes[row + r][c].0.as_ptr());
-                    }
-                    tile::<S, P, MR, 1>(x, [w[c]], self.depth, &mut sums);
-                    for r in 0..MR {
-                        S::store(lanes[row + r][c].0.as_mut_ptr(), sums[r][0]);
-                    }
+                sums[level] = part;
+            }
+            let sums = &sums[task.chunks.trailing_zeros() as usize];
+            for r in 0..MR {
+                for c in 0..NR {
+                    let sum = sums[r][c];
+                    let relu = if sum < 0.0 { 0.0 } else { sum };
+                    let index = (task.first_row + row + r) * task.out_stride + task.panel.first_row + column + c;
+                    task.out.write(index, if task.relu2 { relu * relu } else { sum });
                 }
             }
         }
     }
 }
 
-/// sums[r][c] += x[r] · w[c] by lanes, over `depth` elements, a multiple of `P::STEP`.
+/// # Safety
+/// As `<*const T>::add`, for every pointer.
+#[inline(always)]
+unsafe fn advanced<T, const N: usize>(mut pointers: [*const T; N], by: usize) -> [*const T; N] {
+    for pointer in &mut pointers {
+        // SAFETY: by this function's contract.
+        *pointer = unsafe { pointer.add(by) };
+    }
+    pointers
+}
+
+/// x[r] · w[c] over `len` elements.
 ///
 /// # Safety
-/// The CPU has S; `depth` elements can be read from every pointer.
+/// The CPU has S; `len` elements can be read from every pointer.
 #[inline(always)]
-pub(super) unsafe fn tile<S: Simd, P: Product, const MR: usize, const NR: usize>(
+pub(super) unsafe fn dots<S: Simd, P: Product, const MR: usize, const NR: usize>(
+    x: [*const P::X; MR],
+    w: [*const P::W; NR],
+    len: usize,
+) -> [[f32; NR]; MR] {
+    let mut lanes = [[Lanes([0.0; 16]); NR]; MR];
+    let mut sums = [[0.0; NR]; MR];
+    let rest = len % P::STEP;
+    let whole = len - rest;
+    // SAFETY: the first part ends inside the operands, the second is a copy.
+    unsafe {
+        S::call(Tile::<P, MR, NR> { x, w, depth: whole, lanes: &mut lanes });
+        if rest > 0 {
+            let x = ends(advanced(x, whole), rest);
+            let w = ends(advanced(w, whole), rest);
+            let (x, w) = (x.each_ref().map(|x| x.as_ptr()), w.each_ref().map(|w| w.as_ptr()));
+            S::call(Tile::<P, MR, NR> { x, w, depth: P::STEP, lanes: &mut lanes });
+        }
+        for r in 0..MR {
+            for c in 0..NR {
+                sums[r][c] = S::sum(S::load(lanes[r][c].0.as_ptr()));
+            }
+        }
+    }
+    sums
+}
+
+/// Partial sums of one element of y.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Lanes([f32; 16]);
+
+/// lanes[r][c] += x[r] · w[c] over `depth` elements, a multiple of `P::STEP`, which can be read from every pointer.
+struct Tile<'a, P: Product, const MR: usize, const NR: usize> {
     x: [*const P::X; MR],
     w: [*const P::W; NR],
     depth: usize,
-    sums: &mut [[S::F32; NR]; MR],
-) {
-    for k in (0..depth).step_by(P::STEP) {
+    lanes: &'a mut [[Lanes; NR]; MR],
+}
+
+impl<P: Product, const MR: usize, const NR: usize> Kernel for Tile<'_, P, MR, NR> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
         // SAFETY: k + STEP ≤ depth.
         unsafe {
-            let mut ws = [P::load_w::<S>(w[0].add(k)); NR];
-            for c in 1..NR {
-                ws[c] = P::load_w::<S>(w[c].add(k));
+            let mut sums = [[S::splat(0.0); NR]; MR];
+            for r in 0..MR {
+                for c in 0..NR {
+                    sums[r][c] = S::load(self.lanes[r][c].0.as_ptr());
+                }
+            }
+            let mut k = 0;
+            while k < self.depth {
+                let mut w = [P::load_w::<S>(self.w[0].add(k)); NR];
+                for c in 1..NR {
+                    w[c] = P::load_w::<S>(self.w[c].add(k));
+                }
+                for r in 0..MR {
+                    let x = P::load_x::<S>(self.x[r].add(k));
+                    for c in 0..NR {
+                        sums[r][c] = P::mul_add::<S>(x, w[c], sums[r][c]);
+                    }
+                }
+                k = k.wrapping_add(P::STEP);
             }
             for r in 0..MR {
-                let xs = P::load_x::<S>(x[r].add(k));
                 for c in 0..NR {
-                    sums[r][c] = P::mul_add::<S>(xs, ws[c], sums[r][c]);
+                    S::store(self.lanes[r][c].0.as_mut_ptr(), sums[r][c]);
                 }
             }
         }
     }
+}
+
+/// Vectors that begin with `len` elements and end with zeros.
+///
+/// # Safety
+/// `len` ≤ 32 elements can be read from every pointer.
+#[inline(always)]
+unsafe fn ends<T: Element, const N: usize>(pointers: [*const T; N], len: usize) -> [[T; 32]; N] {
+    let mut ends = [[T::zeroed(); 32]; N];
+    for (end, pointer) in ends.iter_mut().zip(pointers) {
+        // SAFETY: by this function's contract.
+        unsafe { pointer.copy_to_nonoverlapping(end.as_mut_ptr(), len) };
+    }
+    ends
 }

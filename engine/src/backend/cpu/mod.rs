@@ -1,10 +1,12 @@
 //! The CPU backend, and the oracle for the others.
 //!
-//! Results have the same bits on every instruction set, for any number of threads, rows beside a row, split of a prompt and layout of
-//! pages; [`simd`] names the one exception.
+//! A row's results have the same bits on every instruction set and with any number of threads, whatever rows are beside it, however
+//! its prompt is split into steps and its sequence into pages; [`simd`] names the one exception.
 
+#[expect(clippy::needless_range_loop, reason = "indices of a tile name elements of several arrays at once")]
 mod attention;
 mod elementwise;
+#[expect(clippy::needless_range_loop, reason = "indices of a tile name elements of several arrays at once")]
 mod gemm;
 mod matrix;
 mod product;
@@ -20,7 +22,7 @@ use std::cell::RefCell;
 pub use self::elementwise::Norm;
 pub use self::matrix::{Buffer, Matrix};
 
-use self::attention::{Attention, Scratch};
+use self::attention::{Attention, Cache, Scratch};
 use self::elementwise::RopeTable;
 use self::gemm::{Gemm, Output, ROW_BLOCK, Task};
 use self::matrix::Aligned;
@@ -119,9 +121,7 @@ impl CpuBackend {
         batch: &StepBatch,
         shape: &HeadShape,
         qkv: &Buffer,
-        keys: &[P::W],
-        values: &[P::W],
-        page_tokens: usize,
+        cache: Cache<P::W>,
         out: &mut Buffer,
     ) {
         let HeadShape { heads, kv_heads, head_dim, .. } = *shape;
@@ -153,10 +153,8 @@ impl CpuBackend {
                     group,
                     head_dim,
                     position: span.first_position as usize + first_token,
-                    keys,
-                    values,
+                    cache,
                     page_table: &batch.page_table[span.first_page as usize..][..span.num_pages as usize],
-                    page_tokens,
                     kv_heads,
                     kv_head,
                     out,
@@ -234,9 +232,9 @@ impl Backend for CpuBackend {
     }
 
     fn rope_append(&self, batch: &StepBatch, shape: &HeadShape, qkv: &mut Buffer, kv: &mut KvCache) {
-        let last = batch.spans.iter().map(|span| (span.first_position + span.num_tokens) as usize).max();
+        let positions = batch.spans.iter().map(|span| (span.first_position + span.num_tokens) as usize).max();
         let mut table = self.rope.borrow_mut();
-        table.grow_to(last.unwrap_or(0), shape);
+        table.grow(positions.unwrap_or(0), shape);
         let table = &*table;
         let HeadShape { heads, kv_heads, head_dim, .. } = *shape;
         let width = qkv.width();
@@ -259,12 +257,15 @@ impl Backend for CpuBackend {
     }
 
     fn attention(&self, batch: &StepBatch, shape: &HeadShape, qkv: &Buffer, kv: &KvCache, out: &mut Buffer) {
+        let page_tokens = kv.page_tokens;
         match (&kv.keys, &kv.values) {
-            (Elements::Bf16(k), Elements::Bf16(v)) => {
-                self.attend::<Bf16>(batch, shape, qkv, k.as_slice(), v.as_slice(), kv.page_tokens, out);
+            (Elements::Bf16(keys), Elements::Bf16(values)) => {
+                let cache = Cache { keys: keys.as_slice(), values: values.as_slice(), page_tokens };
+                self.attend::<Bf16>(batch, shape, qkv, cache, out);
             }
-            (Elements::F32(k), Elements::F32(v)) => {
-                self.attend::<F32<f32>>(batch, shape, qkv, k.as_slice(), v.as_slice(), kv.page_tokens, out);
+            (Elements::F32(keys), Elements::F32(values)) => {
+                let cache = Cache { keys: keys.as_slice(), values: values.as_slice(), page_tokens };
+                self.attend::<F32<f32>>(batch, shape, qkv, cache, out);
             }
             _ => unreachable!("keys and values are made alike"),
         }

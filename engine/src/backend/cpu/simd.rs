@@ -34,6 +34,10 @@ pub(super) trait Simd: Copy {
     /// Adds the product of the odd elements and then that of the even ones to each lane of `c`, rounding after each: the order of
     /// `vdpbf16ps`. A product of two bf16 is exact in f32.
     unsafe fn dot_pairs(a: Self::Pairs, b: Self::Pairs, c: Self::F32) -> Self::F32;
+
+    /// Runs `kernel` as a function of its own, compiled for this instruction set. For the hottest loops: the compiler finds registers for
+    /// all their sums only if nothing else is around.
+    unsafe fn call<K: Kernel>(kernel: K);
 }
 
 /// Work that is compiled for each instruction set.
@@ -79,36 +83,17 @@ impl Isa {
     }
 
     pub(super) fn run<K: Kernel>(self, kernel: K) {
-        #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx512f,avx512dq,avx512bf16")]
-        fn avx512_bf16<K: Kernel>(kernel: K) {
-            // SAFETY: these are the features of this instruction set.
-            unsafe { kernel.run::<x86::Avx512Bf16>() }
-        }
-        #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx512f,avx512dq")]
-        fn avx512<K: Kernel>(kernel: K) {
-            // SAFETY: these are the features of this instruction set.
-            unsafe { kernel.run::<x86::Avx512>() }
-        }
-        #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx2,fma")]
-        fn avx2<K: Kernel>(kernel: K) {
-            // SAFETY: these are the features of this instruction set.
-            unsafe { kernel.run::<x86::Avx2>() }
-        }
-        match self {
-            // SAFETY: an `Isa` names an instruction set that `available` found.
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => unsafe { avx512_bf16(kernel) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => unsafe { avx512(kernel) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => unsafe { avx2(kernel) },
-            // SAFETY: portable code needs no feature.
-            Self::Portable => unsafe { kernel.run::<Portable>() },
+        // SAFETY: an `Isa` names an instruction set that `available` found.
+        unsafe {
+            match self {
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512Bf16 => x86::Avx512Bf16::call(kernel),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512 => x86::Avx512::call(kernel),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx2 => x86::Avx2::call(kernel),
+                Self::Portable => Portable::call(kernel),
+            }
         }
     }
 }
@@ -178,6 +163,12 @@ impl Simd for Portable {
             let odd = widen_bf16(a[2 * i + 1]).mul_add(widen_bf16(b[2 * i + 1]), c[i]);
             widen_bf16(a[2 * i]).mul_add(widen_bf16(b[2 * i]), odd)
         })
+    }
+
+    #[inline(never)]
+    unsafe fn call<K: Kernel>(kernel: K) {
+        // SAFETY: portable code needs no feature.
+        unsafe { kernel.run::<Self>() }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::Simd;
+use super::simd::{Kernel, Simd};
 
 /// AVX-512 with the bf16 dot product.
 #[derive(Clone, Copy)]
@@ -18,6 +18,23 @@ pub(super) struct Avx2;
 
 /// Bits of the odd bf16 of a pair: those of its value as f32.
 const ODD: i32 = 0xffff_0000_u32 as i32;
+
+/// `Simd::call` by a function with the features of the instruction set.
+macro_rules! call {
+    ($features:literal) => {
+        // Here and not on the inner function, where the compiler does not heed it.
+        #[inline(never)]
+        unsafe fn call<K: Kernel>(kernel: K) {
+            #[target_feature(enable = $features)]
+            fn call<S: Simd, K: Kernel>(kernel: K) {
+                // SAFETY: this function has the features of S.
+                unsafe { kernel.run::<S>() }
+            }
+            // SAFETY: the CPU has them, by the trait's contract.
+            unsafe { call::<Self, K>(kernel) }
+        }
+    };
+}
 
 /// What the two AVX-512 sets share.
 macro_rules! avx512_lanes {
@@ -93,6 +110,8 @@ impl Simd for Avx512Bf16 {
             )
         }
     }
+
+    call!("avx512f,avx512dq,avx512bf16");
 }
 
 impl Simd for Avx512 {
@@ -115,6 +134,8 @@ impl Simd for Avx512 {
             )
         }
     }
+
+    call!("avx512f,avx512dq");
 }
 
 impl Simd for Avx2 {
@@ -182,6 +203,8 @@ impl Simd for Avx2 {
         // SAFETY: as above.
         unsafe { [dot_pairs8(a[0], b[0], c[0]), dot_pairs8(a[1], b[1], c[1])] }
     }
+
+    call!("avx2,fma");
 }
 
 /// # Safety
