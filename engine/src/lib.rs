@@ -23,3 +23,7 @@ pub mod spec;
 pub mod step;
 pub mod tokenizer;
 pub mod wire;
+
+#[cfg(test)]
+#[path = "../../tests/support/parity_model.rs"]
+mod parity_model;

@@ -24,7 +24,7 @@ pub enum Rank {
     /// Rank 0: schedules, and answers requests.
     Leader(Engine),
     /// Any other: executes what rank 0 plans.
-    Follower(Follower),
+    Follower(Box<Follower>),
 }
 
 /// A rank that executes plans until rank 0 ends the run.
@@ -72,7 +72,7 @@ pub fn start(spec: &RankSpec, peers: Option<Peers>, reporter: Arc<dyn Reporter>)
     match control {
         Control::Follower(control) => {
             let sends_results = rank == mesh.sampling_rank();
-            Ok(Rank::Follower(Follower { control, runner, reporter, sends_results }))
+            Ok(Rank::Follower(Box::new(Follower { control, runner, reporter, sends_results })))
         }
         Control::Leader(followers) => {
             let info = EngineInfo {

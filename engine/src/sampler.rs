@@ -257,12 +257,12 @@ mod tests {
     /// Share of each id in many draws.
     fn frequencies(sampling: &Sampling, draws: u32) -> Vec<f64> {
         let mut sampler = Sampler::default();
-        let mut counts = vec![0.0; LOGITS.len()];
+        let mut counts = vec![0; LOGITS.len()];
         for position in 0..draws {
             let token = sampler.sample(&mut state(sampling.clone()), position, &mut LOGITS.clone()).unwrap();
-            counts[token as usize] += 1.0 / f64::from(draws);
+            counts[token as usize] += 1;
         }
-        counts
+        counts.into_iter().map(|count| f64::from(count) / f64::from(draws)).collect()
     }
 
     fn check_frequencies(sampling: Sampling, allowed: &[u32]) {
