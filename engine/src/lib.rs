@@ -1,6 +1,7 @@
 //! From a Nemotron checkpoint and requests to tokens.
 
 pub mod backend;
+pub mod chat;
 pub mod checkpoint;
 pub mod collective;
 pub mod config;
