@@ -6,6 +6,7 @@ pub mod collective;
 pub mod config;
 pub mod engine;
 pub mod job;
+pub(crate) mod nemo;
 pub mod rank;
 pub mod report;
 pub mod request;
