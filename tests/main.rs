@@ -1,1 +1,3 @@
+//! End-to-end tests on the real binary.
 
+mod serve;

@@ -1,4 +1,4 @@
-//! The rows of a job: JSON lines or inline prompts, checked as a whole and rendered with the prompt template.
+//! The rows of a job: JSON lines or inline prompts, checked as a whole, rendered with the prompt template and tokenised.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -6,10 +6,11 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::chat::{ChatTemplate, Message};
+use crate::chat::{ChatTemplate, Message, Role};
+use crate::error_chain::error_chain;
+use crate::tokenizer::Tokenizer;
 
 use super::{JobError, JobFile};
 
@@ -22,18 +23,40 @@ const RESERVED: [&str; 7] =
 pub(super) struct InputRow {
     /// A string or a number; unique in the job.
     pub(super) id: Value,
-    /// As the model shall see it.
-    pub(super) prompt: String,
+    /// As the model shall see it, which takes no more memory than the text.
+    pub(super) prompt: Vec<u32>,
     /// All other keys of the row, in their order.
     pub(super) carried: Map<String, Value>,
 }
 
-/// How a row becomes the text that the model sees.
-pub(super) struct Template<'a> {
+/// What a row gives the model.
+enum Prompt {
+    Text(String),
+    Messages(Vec<Message>),
+}
+
+/// How that becomes ids.
+pub(super) struct Encoder<'a> {
+    pub(super) tokenizer: &'a Tokenizer,
     /// `None`: prompts are sent as they are.
     pub(super) chat: Option<&'a ChatTemplate>,
     /// Put before conversations that have no system message.
     pub(super) system: &'a str,
+}
+
+impl Encoder<'_> {
+    fn encode(&self, prompt: Prompt) -> Result<Vec<u32>, String> {
+        let (chat, mut messages) = match (self.chat, prompt) {
+            (None, Prompt::Text(text)) => return Ok(self.tokenizer.encode(&text)),
+            (None, Prompt::Messages(_)) => return Err("`messages` needs a prompt template other than \"raw\"".into()),
+            (Some(chat), Prompt::Text(content)) => (chat, vec![Message { role: Role::User, content }]),
+            (Some(chat), Prompt::Messages(messages)) => (chat, messages),
+        };
+        if !self.system.is_empty() && messages.first().is_none_or(|message| message.role != Role::System) {
+            messages.insert(0, Message { role: Role::System, content: self.system.into() });
+        }
+        chat.encode(&messages, self.tokenizer).map_err(|error| error_chain(&error))
+    }
 }
 
 /// Reads the first `limit` rows.
@@ -41,7 +64,7 @@ pub(super) fn read(
     file: &JobFile,
     dir: &Path,
     limit: Option<u64>,
-    template: &Template<'_>,
+    encoder: &Encoder<'_>,
 ) -> Result<Vec<InputRow>, JobError> {
     let limit = limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
     match (&file.input.path, &file.input.prompts) {
@@ -49,11 +72,11 @@ pub(super) fn read(
             let path = dir.join(path);
             let error = |reason: String| JobError::Input { path: path.clone(), reason };
             let open = File::open(&path).map_err(|source| error(source.to_string()))?;
-            read_lines(BufReader::new(open), limit, template).map_err(error)
+            read_lines(BufReader::new(open), limit, |prompt| encoder.encode(prompt)).map_err(error)
         }
         (None, Some(prompts)) => {
             let rows = prompts.iter().take(limit).enumerate().map(|(index, prompt)| {
-                let prompt = template.render_prompt(prompt.clone())?;
+                let prompt = encoder.encode(Prompt::Text(prompt.clone()))?;
                 Ok(InputRow { id: index.into(), prompt, carried: Map::new() })
             });
             let rows: Result<_, String> = rows.collect();
@@ -66,7 +89,11 @@ pub(super) fn read(
     }
 }
 
-fn read_lines(mut input: impl BufRead, limit: usize, template: &Template<'_>) -> Result<Vec<InputRow>, String> {
+fn read_lines(
+    mut input: impl BufRead,
+    limit: usize,
+    encode: impl Fn(Prompt) -> Result<Vec<u32>, String>,
+) -> Result<Vec<InputRow>, String> {
     let mut rows = Vec::new();
     // The line of each id, by its JSON form: the string "1" is not the number 1.
     let mut lines_of_ids = HashMap::new();
@@ -84,7 +111,7 @@ fn read_lines(mut input: impl BufRead, limit: usize, template: &Template<'_>) ->
         if line.trim().is_empty() {
             continue;
         }
-        let row = parse_row(line, rows.len(), template).map_err(error)?;
+        let row = parse_row(line, rows.len(), &encode).map_err(error)?;
         match lines_of_ids.entry(row.id.to_string()) {
             Entry::Vacant(entry) => entry.insert(line_number),
             Entry::Occupied(entry) => {
@@ -97,7 +124,11 @@ fn read_lines(mut input: impl BufRead, limit: usize, template: &Template<'_>) ->
     Ok(rows)
 }
 
-fn parse_row(line: &str, index: usize, template: &Template<'_>) -> Result<InputRow, String> {
+fn parse_row(
+    line: &str,
+    index: usize,
+    encode: impl Fn(Prompt) -> Result<Vec<u32>, String>,
+) -> Result<InputRow, String> {
     let value: Value = serde_json::from_str(line).map_err(|error| {
         // The position that the message ends with is within this line only.
         let message = error.to_string();
@@ -107,51 +138,21 @@ fn parse_row(line: &str, index: usize, template: &Template<'_>) -> Result<InputR
     if let Some(key) = RESERVED.iter().find(|key| carried.contains_key(**key)) {
         return Err(format!("the key `{key}` is one that the output has; give it another name"));
     }
-    let id = match carried.shift_remove("id") {
-        None => index.into(),
-        Some(id @ (Value::String(_) | Value::Number(_))) => id,
-        Some(_) => return Err("`id` must be a string or a number".into()),
-    };
-    let prompt = match (carried.shift_remove("prompt"), carried.shift_remove("messages")) {
-        (Some(Value::String(prompt)), None) => template.render_prompt(prompt)?,
-        (Some(_), None) => return Err("`prompt` must be a string".into()),
-        (None, Some(messages)) => template.render_messages(messages)?,
-        (Some(_), Some(_)) => return Err("only one of `prompt` and `messages` can be given".into()),
-        (None, None) => return Err("one of `prompt` and `messages` is needed".into()),
-    };
-    Ok(InputRow { id, prompt, carried })
-}
-
-#[derive(Deserialize)]
-struct RowMessage {
-    role: String,
-    content: String,
-}
-
-impl Template<'_> {
-    fn render_prompt(&self, prompt: String) -> Result<String, String> {
-        match self.chat {
-            None => Ok(prompt),
-            Some(chat) => self.render(chat, vec![Message { role: "user".into(), content: prompt }]),
-        }
+    let id = carried.shift_remove("id").unwrap_or(index.into());
+    if !id.is_string() && !id.is_number() {
+        return Err("`id` must be a string or a number".into());
     }
-
-    fn render_messages(&self, messages: Value) -> Result<String, String> {
-        let chat = self.chat.ok_or("`messages` needs a prompt template other than \"raw\"")?;
-        let messages: Vec<RowMessage> = serde_json::from_value(messages)
-            .map_err(|error| format!("`messages` must be a list of objects with `role` and `content`: {error}"))?;
-        if messages.is_empty() {
-            return Err("`messages` must not be empty".into());
-        }
-        self.render(chat, messages.into_iter().map(|RowMessage { role, content }| Message { role, content }).collect())
-    }
-
-    fn render(&self, chat: &ChatTemplate, mut messages: Vec<Message>) -> Result<String, String> {
-        if !self.system.is_empty() && messages.first().is_none_or(|message| message.role != "system") {
-            messages.insert(0, Message { role: "system".into(), content: self.system.into() });
-        }
-        chat.render(&messages).map_err(|error| error.to_string())
-    }
+    let prompt =
+        match (carried.shift_remove("prompt"), carried.shift_remove("messages")) {
+            (Some(Value::String(text)), None) => Prompt::Text(text),
+            (Some(_), None) => return Err("`prompt` must be a string".into()),
+            (None, Some(messages)) => Prompt::Messages(serde_json::from_value(messages).map_err(|error| {
+                format!("`messages` must be a list of objects with a `role` and a `content`: {error}")
+            })?),
+            (Some(_), Some(_)) => return Err("only one of `prompt` and `messages` can be given".into()),
+            (None, None) => return Err("one of `prompt` and `messages` is needed".into()),
+        };
+    Ok(InputRow { id, prompt: encode(prompt)?, carried })
 }
 
 #[cfg(test)]
@@ -161,15 +162,21 @@ mod tests {
 
     use super::*;
 
-    const RAW: Template<'_> = Template { chat: None, system: "" };
+    /// Characters for ids.
+    fn encode(prompt: Prompt) -> Result<Vec<u32>, String> {
+        match prompt {
+            Prompt::Text(text) => Ok(text.chars().map(u32::from).collect()),
+            Prompt::Messages(messages) => Err(format!("{} messages", messages.len())),
+        }
+    }
 
     fn rows(text: &str) -> Vec<InputRow> {
-        read_lines(text.as_bytes(), usize::MAX, &RAW).unwrap()
+        read_lines(text.as_bytes(), usize::MAX, encode).unwrap()
     }
 
     #[track_caller]
     fn check_error(text: &str, expected: &str) {
-        let error = read_lines(text.as_bytes(), usize::MAX, &RAW).unwrap_err();
+        let error = read_lines(text.as_bytes(), usize::MAX, encode).unwrap_err();
         assert!(error.starts_with(expected), "{error}");
     }
 
@@ -182,13 +189,13 @@ mod tests {
             "{\"prompt\":\"c\"}",
         ));
         assert_eq!(rows.iter().map(|row| row.id.clone()).collect::<Vec<_>>(), [json!(0), json!("k"), json!(2)]);
-        assert_eq!(rows.iter().map(|row| row.prompt.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
+        assert_eq!(rows.iter().map(|row| row.prompt[0]).collect::<Vec<_>>(), [97, 98, 99]);
         assert_eq!(Value::from(rows[0].carried.clone()).to_string(), r#"{"z":1.5,"b":{"y":null,"x":[]},"a":""}"#);
     }
 
     #[test]
     fn a_limit_reads_no_further() {
-        let read = |limit| read_lines("{\"prompt\":\"a\"}\n{\"prompt\":\"b\"}\nnot JSON".as_bytes(), limit, &RAW);
+        let read = |limit| read_lines("{\"prompt\":\"a\"}\n{\"prompt\":\"b\"}\nnot JSON".as_bytes(), limit, encode);
         assert_eq!(read(2).unwrap().len(), 2);
         assert!(read(3).is_err());
     }
@@ -200,10 +207,11 @@ mod tests {
         check_error("{}", "line 1: one of `prompt` and `messages` is needed");
         check_error(r#"{"prompt":1}"#, "line 1: `prompt` must be a string");
         check_error(r#"{"prompt":"a","messages":[]}"#, "line 1: only one of");
-        check_error(r#"{"messages":[]}"#, "line 1: `messages` needs a prompt template");
+        check_error(r#"{"messages":[{"role":"user"}]}"#, "line 1: `messages` must be a list of objects");
+        check_error(r#"{"messages":[{"role":"user","content":"a"}]}"#, "line 1: 1 messages");
         check_error(r#"{"id":null,"prompt":"a"}"#, "line 1: `id` must be");
         check_error(r#"{"seed":1,"prompt":"a"}"#, "line 1: the key `seed` is one that the output has");
-        let error = read_lines(&b"{\"prompt\":\"\xff\"}"[..], 1, &RAW).unwrap_err();
+        let error = read_lines(&b"{\"prompt\":\"\xff\"}"[..], 1, encode).unwrap_err();
         assert!(error.starts_with("line 1: invalid utf-8"), "{error}");
     }
 

@@ -9,12 +9,13 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::chat::ChatTemplate;
-use crate::engine::{Engine, EngineInfo, Row};
-use crate::nemo;
+use crate::end_strings;
+use crate::engine::{Engine, Row};
+use crate::error_chain::error_chain;
 use crate::request::{Event, FinishReason, LogprobSpec, Request, RowError, Sampling, Stopping};
 use crate::tokenizer::{Detokenizer, Tokenizer};
 
-use super::input::{self, InputRow, Template};
+use super::input::{self, Encoder, InputRow};
 use super::output::OrderedOutput;
 use super::{ContextOverflow, Generation, JobError, JobFile, JobProgress, JobSampling};
 
@@ -24,7 +25,7 @@ const MAX_IN_FLIGHT: usize = 512;
 /// Rows between the first that is not done and the last that was begun: what one long row can make us hold.
 const MAX_AHEAD: usize = 8192;
 
-/// A job file whose input is read and whose prompts are rendered.
+/// A job file whose input is read and tokenised.
 pub struct Job {
     rows: Vec<InputRow>,
     sampling: JobSampling,
@@ -48,25 +49,29 @@ pub struct JobMeasure {
 }
 
 impl Job {
-    /// Reads the first `limit` rows. Relative paths are relative to `dir`; `chat` is what the template "nemotron" stands for.
+    /// Reads the first `limit` rows. Relative paths are relative to `dir`.
     ///
     /// # Errors
     /// The input or the template cannot be read, or a row is not as it must be.
-    pub fn load(file: &JobFile, dir: &Path, limit: Option<u64>, chat: &ChatTemplate) -> Result<Self, JobError> {
-        let from_file;
-        let chat = match file.prompt.template.as_str() {
+    pub fn load(file: &JobFile, dir: &Path, limit: Option<u64>, tokenizer: &Tokenizer) -> Result<Self, JobError> {
+        let template = file.prompt.template.as_str();
+        let chat = match template {
             "raw" => None,
-            "nemotron" => Some(chat),
-            path => {
+            // A built-in template's name has neither a directory nor an extension.
+            path if path.contains(['/', '.']) => {
                 let path = dir.join(path);
-                let error = |reason: String| JobError::Input { path: path.clone(), reason };
-                let source = std::fs::read_to_string(&path).map_err(|source| error(source.to_string()))?;
-                from_file = ChatTemplate::parse(&source).map_err(|source| error(source.to_string()))?;
-                Some(&from_file)
+                let source = std::fs::read_to_string(&path)
+                    .map_err(|error| JobError::Input { path: path.clone(), reason: error.to_string() })?;
+                Some(ChatTemplate::from_source(&source, template))
             }
+            name => Some(ChatTemplate::builtin(name)),
         };
+        let chat = chat
+            .transpose()
+            .map_err(|error| JobError::Input { path: "prompt.template".into(), reason: error_chain(&error) })?;
+        let encoder = Encoder { tokenizer, chat: chat.as_ref(), system: &file.prompt.system };
         Ok(Self {
-            rows: input::read(file, dir, limit, &Template { chat, system: &file.prompt.system })?,
+            rows: input::read(file, dir, limit, &encoder)?,
             sampling: file.sampling.clone(),
             generation: file.generation.clone(),
             input: file.input.path.as_ref().map(|path| dir.join(path)),
@@ -75,14 +80,14 @@ impl Job {
     }
 
     /// Counts rows and tokens without generating any. `context` is what prompt and completion may have together.
-    pub fn measure(&self, tokenizer: &Tokenizer, context: usize) -> JobMeasure {
+    pub fn measure(&self, context: usize) -> JobMeasure {
         let samples = u64::from(self.generation.samples_per_prompt);
         let mut measure = JobMeasure { rows: self.rows.len() as u64 * samples, ..JobMeasure::default() };
         for row in &self.rows {
-            match self.fit(tokenizer.encode(&row.prompt), context) {
-                Ok((prompt, max_new_tokens)) => {
-                    measure.prompt_tokens += samples * prompt.len() as u64;
-                    measure.longest_prompt = measure.longest_prompt.max(prompt.len() as u64);
+            match self.fit(row.prompt.len(), context) {
+                Ok((prompt_len, max_new_tokens)) => {
+                    measure.prompt_tokens += samples * prompt_len as u64;
+                    measure.longest_prompt = measure.longest_prompt.max(prompt_len as u64);
                     measure.max_new_tokens += samples * u64::from(max_new_tokens);
                 }
                 Err(_) => measure.rejected += samples,
@@ -106,9 +111,9 @@ impl Job {
         let mut stop = pin!(stop);
         let mut output = OrderedOutput::create(self.output.clone(), self.input.as_deref())?;
         let info = engine.info();
-        let eos = nemo::eos_id(info, tokenizer);
+        let eos = end_strings::eos_id(info, tokenizer);
         let sampling = &self.sampling;
-        let stopping = nemo::stopping(
+        let stopping = end_strings::stopping(
             tokenizer,
             eos,
             &sampling.end_strings,
@@ -124,7 +129,7 @@ impl Job {
         while output.num_written() < total {
             while next < total && in_flight.len() < MAX_IN_FLIGHT && next - output.num_written() < MAX_AHEAD {
                 let (index, row, sample) = (next, &self.rows[next / samples], (next % samples) as u32);
-                let submitted = self.submit(engine, info, tokenizer, &stopping, row, sample);
+                let submitted = self.submit(engine, &stopping, row, sample);
                 in_flight.push(async move { (index, collect(submitted).await) });
                 next += 1;
             }
@@ -161,13 +166,13 @@ impl Job {
     fn submit(
         &self,
         engine: &Engine,
-        info: &EngineInfo,
-        tokenizer: &Tokenizer,
         stopping: &Stopping,
         row: &InputRow,
         sample: u32,
     ) -> Result<(Vec<u32>, Row), RowError> {
-        let (prompt, max_new_tokens) = self.fit(tokenizer.encode(&row.prompt), info.max_context.min(info.kv_tokens))?;
+        let info = engine.info();
+        let (prompt_len, max_new_tokens) = self.fit(row.prompt.len(), info.max_context.min(info.kv_tokens))?;
+        let prompt = row.prompt[row.prompt.len() - prompt_len..].to_vec();
         let sampling = &self.sampling;
         let request = Request {
             prompt: prompt.clone(),
@@ -187,21 +192,16 @@ impl Job {
         Ok((prompt, engine.submit(request)?))
     }
 
-    /// The prompt and the number of new tokens that go into the context together.
-    fn fit(&self, mut prompt: Vec<u32>, context: usize) -> Result<(Vec<u32>, u32), RowError> {
+    /// How many tokens of a prompt's end, and how many new ones, go into the context together.
+    fn fit(&self, prompt_len: usize, context: usize) -> Result<(usize, u32), RowError> {
         let new = self.sampling.tokens_to_generate;
-        let needed = prompt.len().saturating_add(new as usize);
-        if needed <= context {
-            return Ok((prompt, new));
-        }
-        let left = context.saturating_sub(prompt.len());
+        let needed = prompt_len.saturating_add(new as usize);
+        let left = context.saturating_sub(prompt_len);
         match self.generation.context_overflow {
-            ContextOverflow::TruncateLeft if (new as usize) < context => {
-                prompt.drain(..needed - context);
-                Ok((prompt, new))
-            }
+            _ if needed <= context => Ok((prompt_len, new)),
+            ContextOverflow::TruncateLeft if (new as usize) < context => Ok((context - new as usize, new)),
             // Less than `new`, so it fits.
-            ContextOverflow::ShortenGeneration if left > 0 => Ok((prompt, left as u32)),
+            ContextOverflow::ShortenGeneration if left > 0 => Ok((prompt_len, left as u32)),
             _ => Err(RowError::TooLong { needed, limit: context }),
         }
     }
@@ -337,28 +337,28 @@ mod tests {
 
     #[test]
     fn rows_beyond_the_context_are_treated_as_the_job_says() {
-        let fit = |new, overflow| job(new, overflow).fit(vec![1, 2, 3, 4], 6);
+        let fit = |new, overflow| job(new, overflow).fit(4, 6);
         let too_long = |needed| Err(RowError::TooLong { needed, limit: 6 });
-        assert_eq!(fit(2, ContextOverflow::Reject), Ok((vec![1, 2, 3, 4], 2)));
+        assert_eq!(fit(2, ContextOverflow::Reject), Ok((4, 2)));
         assert_eq!(fit(3, ContextOverflow::Reject), too_long(7));
-        assert_eq!(fit(3, ContextOverflow::TruncateLeft), Ok((vec![2, 3, 4], 3)));
-        assert_eq!(fit(5, ContextOverflow::TruncateLeft), Ok((vec![4], 5)));
+        assert_eq!(fit(3, ContextOverflow::TruncateLeft), Ok((3, 3)));
+        assert_eq!(fit(5, ContextOverflow::TruncateLeft), Ok((1, 5)));
         assert_eq!(fit(6, ContextOverflow::TruncateLeft), too_long(10));
-        assert_eq!(fit(3, ContextOverflow::ShortenGeneration), Ok((vec![1, 2, 3, 4], 2)));
-        let full = job(1, ContextOverflow::ShortenGeneration).fit(vec![1; 6], 6);
+        assert_eq!(fit(3, ContextOverflow::ShortenGeneration), Ok((4, 2)));
+        let full = job(1, ContextOverflow::ShortenGeneration).fit(6, 6);
         assert_eq!(full, too_long(7));
     }
 
     #[test]
     fn seeds_depend_on_job_seed_id_and_sample_only() {
         let job = job(1, ContextOverflow::Reject);
-        let row = |id: Value, prompt: &str| InputRow { id, prompt: prompt.into(), carried: Map::new() };
-        let seed = job.seed(&row(json!("a"), "x"), 0);
-        assert_eq!(seed, job.seed(&row(json!("a"), "y"), 0));
+        let row = |id: Value, prompt: u32| InputRow { id, prompt: vec![prompt], carried: Map::new() };
+        let seed = job.seed(&row(json!("a"), 1), 0);
+        assert_eq!(seed, job.seed(&row(json!("a"), 2), 0));
         assert!(seed < 1 << 53);
-        let others = [job.seed(&row(json!("a"), "x"), 1), job.seed(&row(json!("b"), "x"), 0)];
+        let others = [job.seed(&row(json!("a"), 1), 1), job.seed(&row(json!("b"), 1), 0)];
         assert!(!others.contains(&seed));
-        assert_ne!(job.seed(&row(json!(1), "x"), 0), job.seed(&row(json!("1"), "x"), 0));
+        assert_ne!(job.seed(&row(json!(1), 1), 0), job.seed(&row(json!("1"), 1), 0));
     }
 
     #[test]
@@ -378,7 +378,7 @@ mod tests {
     #[test]
     fn failed_rows_have_a_line_with_code_and_carried_keys() {
         let carried = json!({"topic": "sea", "n": 1}).as_object().unwrap().clone();
-        let row = InputRow { id: json!("k"), prompt: String::new(), carried };
+        let row = InputRow { id: json!("k"), prompt: Vec::new(), carried };
         let line = output_line(&row, 1, 9, Err(RowError::TooLong { needed: 7, limit: 6 }));
         assert_eq!(
             line,

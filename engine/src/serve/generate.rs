@@ -7,16 +7,15 @@
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
-use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
+use axum::extract::{FromRequest, Request, State};
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use futures_util::{future, stream};
 use serde_json::{Value, json};
 
+use crate::end_strings;
 use crate::engine::EngineInfo;
-use crate::nemo;
-use crate::request::{Event, LogprobSpec, Logprobs, Request, RowError, Sampling, Stopping};
+use crate::request::{self, Event, LogprobSpec, Logprobs, RowError, Sampling, Stopping};
 use crate::tokenizer::Tokenizer;
 
 use super::rows::TrackedRow;
@@ -27,19 +26,27 @@ use super::{Server, random_u64};
 /// Memory that the log-probabilities of one `all_probs` request may take: they are held until its last row is done.
 const MAX_FULL_LOGPROB_BYTES: usize = 8 << 30;
 
-pub(super) async fn put(
-    State(server): State<Arc<Server>>,
-    headers: HeaderMap,
-    body: Result<Bytes, BytesRejection>,
-) -> Response {
-    if !is_json(&headers) {
+/// Any method on `/generate`.
+pub(super) async fn generate(State(server): State<Arc<Server>>, request: Request) -> Response {
+    if request.method() != Method::PUT {
+        return answer_method(request.method(), "HEAD, OPTIONS, PUT, GET");
+    }
+    if !is_json(request.headers()) {
         let text = "Did not attempt to load JSON data because the request Content-Type was not 'application/json'.";
         return message(StatusCode::UNSUPPORTED_MEDIA_TYPE, text);
     }
-    let body = match body {
-        Ok(body) => body,
-        Err(rejection) => return message(rejection.status(), &rejection.body_text()),
-    };
+    match Bytes::from_request(request, &()).await {
+        Ok(body) => put(server, body).await,
+        Err(rejection) => message(rejection.status(), &rejection.body_text()),
+    }
+}
+
+/// Any method on `/generate/`.
+pub(super) async fn trailing_slash(method: Method) -> Response {
+    answer_method(&method, "HEAD, OPTIONS, GET")
+}
+
+async fn put(server: Arc<Server>, body: Bytes) -> Response {
     // 128 long prompts take a while to parse and tokenise; other requests are answered meanwhile.
     let prepared = {
         let server = server.clone();
@@ -87,16 +94,7 @@ pub(super) async fn put(
     (headers, Body::from_stream(stream::iter(chunks))).into_response()
 }
 
-/// `GET`, `HEAD`, `OPTIONS` and others on `/generate`, as Flask treats them.
-pub(super) async fn other_method(method: Method) -> Response {
-    answer_method(&method, "HEAD, OPTIONS, PUT, GET")
-}
-
-/// Any method on `/generate/`.
-pub(super) async fn trailing_slash(method: Method) -> Response {
-    answer_method(&method, "HEAD, OPTIONS, GET")
-}
-
+/// What Flask makes of the methods that a route does not have.
 fn answer_method(method: &Method, allow: &'static str) -> Response {
     if method == Method::GET || method == Method::HEAD {
         return not_found();
@@ -160,7 +158,7 @@ struct Batch {
 
 struct BatchPrompt {
     text: Option<String>,
-    request: Request,
+    request: request::Request,
 }
 
 impl Batch {
@@ -170,7 +168,7 @@ impl Batch {
             Refusal::Malformed(text.into())
         })?;
         let mut params = validate(body)?;
-        let bos = match (params.add_bos, info.bos_id) {
+        let bos = match (params.add_bos, info.config.bos_id) {
             (false, _) => None,
             (true, None) => return Err(Refusal::Invalid("add_BOS: the model has no BOS token".into())),
             (true, bos) => bos,
@@ -206,8 +204,8 @@ impl Batch {
                 return Err(Refusal::Invalid(text.into()));
             }
         }
-        let eos = nemo::eos_id(info, tokenizer);
-        let stopping = nemo::stopping(tokenizer, eos, &params.end_strings, 0, params.min_tokens_to_generate);
+        let eos = end_strings::eos_id(info, tokenizer);
+        let stopping = end_strings::stopping(tokenizer, eos, &params.end_strings, 0, params.min_tokens_to_generate);
         let seed = params.random_seed.unwrap_or_else(random_u64);
         let prompts = sentences
             .into_iter()
@@ -215,7 +213,7 @@ impl Batch {
             .enumerate()
             .map(|(index, ((text, prompt), max_new_tokens))| BatchPrompt {
                 text,
-                request: Request {
+                request: request::Request {
                     prompt,
                     sampling: sampling(&params, info.vocab_size, seed, index as u32),
                     stopping: Stopping { max_new_tokens, ..stopping.clone() },

@@ -11,8 +11,8 @@ mod shape;
 mod validate;
 
 use std::net::TcpListener;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use axum::Router;
@@ -20,12 +20,13 @@ use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get, post, put};
+use axum::routing::{any, get, post};
 use axum::serve::ListenerExt;
 use subtle::ConstantTimeEq;
 
 use crate::chat::ChatTemplate;
 use crate::engine::Engine;
+use crate::error_chain::error_chain;
 use crate::tokenizer::Tokenizer;
 
 use self::metrics::Metrics;
@@ -70,7 +71,6 @@ struct Server {
     strict: bool,
     metrics: Arc<Metrics>,
     draining: AtomicBool,
-    failed: OnceLock<String>,
 }
 
 /// Serves until `shutdown` resolves, then lets running requests finish.
@@ -98,13 +98,6 @@ pub async fn run(
         strict: options.strict,
         metrics: Arc::default(),
         draining: AtomicBool::new(false),
-        failed: OnceLock::new(),
-    });
-    let watch = server.clone();
-    let watch = tokio::spawn(async move {
-        let reason = watch.engine.failed().await;
-        tracing::error!(reason, "the engine failed");
-        let _ = watch.failed.set(reason);
     });
     let drain = server.clone();
     let shutdown = async move {
@@ -112,14 +105,12 @@ pub async fn run(
         drain.draining.store(true, Ordering::Relaxed);
         tracing::info!("draining");
     };
-    let served = axum::serve(listener, router(server)).with_graceful_shutdown(shutdown).await;
-    watch.abort();
-    served
+    axum::serve(listener, router(server)).with_graceful_shutdown(shutdown).await
 }
 
 fn router(server: Arc<Server>) -> Router {
     Router::new()
-        .route("/generate", put(generate::put).fallback(generate::other_method))
+        .route("/generate", any(generate::generate))
         .route("/generate/", any(generate::trailing_slash))
         .route("/v1/models", get(openai::models))
         .route("/v1/completions", post(openai::completions))
@@ -138,21 +129,25 @@ fn router(server: Arc<Server>) -> Router {
 
 /// The process answers and its engine has not failed.
 async fn live(State(server): State<Arc<Server>>) -> Response {
-    match server.failed.get() {
-        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("failed: {reason}\n")).into_response(),
+    match server.engine.failure() {
+        Some(error) => unavailable(format!("failed: {}\n", error_chain(&*error))),
         None => "alive\n".into_response(),
     }
 }
 
 /// New requests are welcome.
 async fn ready(State(server): State<Arc<Server>>) -> Response {
-    match server.failed.get() {
-        None if server.draining.load(Ordering::Relaxed) => {
-            (StatusCode::SERVICE_UNAVAILABLE, "draining\n").into_response()
+    match server.engine.failure() {
+        Some(error) => unavailable(format!("failed: {}\n", error_chain(&*error))),
+        None if server.draining.load(Ordering::Relaxed) || server.engine.is_draining() => {
+            unavailable("draining\n".into())
         }
         None => "ready\n".into_response(),
-        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("failed: {reason}\n")).into_response(),
     }
+}
+
+fn unavailable(reason: String) -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
 }
 
 async fn metrics_text(State(server): State<Arc<Server>>) -> Response {

@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use crate::chat::{ChatTemplate, Message};
+use crate::chat::{ChatTemplate, Message, Role};
 use crate::engine::EngineInfo;
-use crate::nemo;
+use crate::error_chain::error_chain;
 use crate::request::{LogprobSpec, Request, Sampling, StopMatch, Stopping};
 use crate::serve::random_u64;
 use crate::serve::validate::MAX_SENTENCES;
@@ -81,8 +81,18 @@ struct ChatFields {
 
 #[derive(Deserialize)]
 struct ChatMessage {
-    role: String,
+    role: ChatRole,
     content: Option<Content>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum ChatRole {
+    /// "developer" is its newer name.
+    #[serde(alias = "developer")]
+    System,
+    User,
+    Assistant,
 }
 
 #[derive(Deserialize)]
@@ -130,7 +140,7 @@ impl Plan {
         chat: &ChatTemplate,
     ) -> Result<Self, ApiError> {
         let common: Common = parse(body)?;
-        let eos_ids = info.eos_ids.clone();
+        let eos_ids = info.config.eos_ids.clone();
         let (prompts, max_tokens, echo, logprobs, stop_ids) = match dialect {
             Dialect::Completions => {
                 let fields: CompletionFields = parse(body)?;
@@ -145,10 +155,10 @@ impl Plan {
                     _ => None,
                 };
                 let max_tokens = fields.max_completion_tokens.or(common.max_tokens);
-                let prompt = render(fields.messages, chat)?;
+                let prompt = encode(fields.messages, chat, tokenizer)?;
                 // Models of this family end a turn by beginning the next one.
-                let turn_end = nemo::stopping(tokenizer, None, &["<extra_id_1>".into()], 1, 0).stop_ids;
-                (vec![tokenizer.encode(&prompt)], max_tokens, false, top, turn_end)
+                let turn_end = tokenizer.token_id("<extra_id_1>");
+                (vec![prompt], max_tokens, false, top, turn_end.into_iter().collect())
             }
         };
         let n = common.n.unwrap_or(1);
@@ -228,12 +238,12 @@ impl Prompt {
     }
 }
 
-fn render(messages: Vec<ChatMessage>, chat: &ChatTemplate) -> Result<String, ApiError> {
+fn encode(messages: Vec<ChatMessage>, chat: &ChatTemplate, tokenizer: &Tokenizer) -> Result<Vec<u32>, ApiError> {
     let messages: Vec<Message> = messages.into_iter().map(ChatMessage::into_message).collect::<Result<_, _>>()?;
     if messages.is_empty() {
         return Err(ApiError::field("messages", "must not be empty"));
     }
-    chat.render(&messages).map_err(|error| ApiError::field("messages", error.to_string()))
+    chat.encode(&messages, tokenizer).map_err(|error| ApiError::field("messages", error_chain(&error)))
 }
 
 impl ChatMessage {
@@ -247,7 +257,12 @@ impl ChatMessage {
                 text.ok_or(ApiError::field("messages", "only text content is supported"))?
             }
         };
-        Ok(Message { role: self.role, content })
+        let role = match self.role {
+            ChatRole::System => Role::System,
+            ChatRole::User => Role::User,
+            ChatRole::Assistant => Role::Assistant,
+        };
+        Ok(Message { role, content })
     }
 }
 
@@ -373,6 +388,7 @@ mod tests {
         assert_eq!(message(r#"{"role": "user", "content": "a"}"#).unwrap().content, "a");
         let parts = r#"{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}"#;
         assert_eq!(message(parts).unwrap().content, "ab");
+        assert_eq!(message(r#"{"role": "developer", "content": null}"#).unwrap().role, Role::System);
         assert!(message(r#"{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}"#).is_err());
     }
 }
