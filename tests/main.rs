@@ -1,4 +1,8 @@
 //! End-to-end tests on the real binary.
 
+#![expect(clippy::unwrap_used, reason = "tests")]
+
 mod cli;
+mod serve;
 mod support;
+mod tidy;

@@ -1,9 +1,54 @@
 //! HTTP: routes, authentication, health, and the dialects that turn bodies into requests.
+//!
+//! `PUT /generate` answers as NeMo's server does; `/v1/*` as OpenAI's API does. Requests wait for the engine as long as it takes: there is
+//! no timeout on our side, and a row is cancelled when the client that asked for it goes away.
+
+mod generate;
+mod metrics;
+mod openai;
+mod rows;
+mod shape;
+mod validate;
 
 use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{any, get, post};
+use axum::serve::ListenerExt;
+use subtle::ConstantTimeEq;
+
+use crate::chat::ChatTemplate;
 use crate::engine::Engine;
+use crate::error_chain::error_chain;
 use crate::tokenizer::Tokenizer;
+
+use self::metrics::Metrics;
+
+/// Largest request body: 128 prompts of any length that a model takes are far below it.
+const MAX_BODY_BYTES: usize = 256 << 20;
+
+/// Routes that answer without a token, for probes.
+const OPEN_ROUTES: [&str; 4] = ["/livez", "/readyz", "/startupz", "/healthz"];
+
+/// Routes that metrics name; all others count as "other".
+const ROUTES: [&str; 9] = [
+    "/generate",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/models",
+    "/metrics",
+    "/livez",
+    "/readyz",
+    "/startupz",
+    "/healthz",
+];
 
 /// How to serve.
 pub struct ServeOptions {
@@ -13,6 +58,19 @@ pub struct ServeOptions {
     pub token: Option<String>,
     /// Validation errors of `PUT /generate` get status 400 instead of NeMo's 200.
     pub strict: bool,
+    /// How `/v1/chat/completions` writes a conversation.
+    pub chat: ChatTemplate,
+}
+
+/// What handlers share.
+struct Server {
+    engine: Engine,
+    tokenizer: Tokenizer,
+    chat: ChatTemplate,
+    token: Option<String>,
+    strict: bool,
+    metrics: Arc<Metrics>,
+    draining: AtomicBool,
 }
 
 /// Serves until `shutdown` resolves, then lets running requests finish.
@@ -20,10 +78,160 @@ pub struct ServeOptions {
 /// # Errors
 /// The listener failed.
 pub async fn run(
-    _engine: Engine,
-    _tokenizer: Tokenizer,
-    _options: ServeOptions,
-    _shutdown: impl Future<Output = ()> + Send + 'static,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    options: ServeOptions,
+    shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
-    unimplemented!()
+    options.listener.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(options.listener)?.tap_io(|connection| {
+        // Tokens of a stream are small packets that must not wait for each other.
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "cannot set TCP_NODELAY");
+        }
+    });
+    let server = Arc::new(Server {
+        engine,
+        tokenizer,
+        chat: options.chat,
+        token: options.token,
+        strict: options.strict,
+        metrics: Arc::default(),
+        draining: AtomicBool::new(false),
+    });
+    let drain = server.clone();
+    let shutdown = async move {
+        shutdown.await;
+        drain.draining.store(true, Ordering::Relaxed);
+        tracing::info!("draining");
+    };
+    axum::serve(listener, router(server)).with_graceful_shutdown(shutdown).await
+}
+
+fn router(server: Arc<Server>) -> Router {
+    Router::new()
+        .route("/generate", any(generate::generate))
+        .route("/generate/", any(generate::trailing_slash))
+        .route("/v1/models", get(openai::models))
+        .route("/v1/completions", post(openai::completions))
+        .route("/v1/chat/completions", post(openai::chat_completions))
+        .route("/livez", get(live))
+        .route("/healthz", get(live))
+        .route("/readyz", get(ready))
+        .route("/startupz", get(|| async { "started\n" }))
+        .route("/metrics", get(metrics_text))
+        .fallback(not_found)
+        .layer(middleware::from_fn_with_state(server.clone(), authorize))
+        .layer(middleware::from_fn_with_state(server.clone(), observe))
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(server)
+}
+
+/// The process answers and its engine has not failed.
+async fn live(State(server): State<Arc<Server>>) -> Response {
+    match server.engine.failure() {
+        Some(error) => unavailable(format!("failed: {}\n", error_chain(&*error))),
+        None => "alive\n".into_response(),
+    }
+}
+
+/// New requests are welcome.
+async fn ready(State(server): State<Arc<Server>>) -> Response {
+    match server.engine.failure() {
+        Some(error) => unavailable(format!("failed: {}\n", error_chain(&*error))),
+        None if server.draining.load(Ordering::Relaxed) || server.engine.is_draining() => {
+            unavailable("draining\n".into())
+        }
+        None => "ready\n".into_response(),
+    }
+}
+
+fn unavailable(reason: String) -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, reason).into_response()
+}
+
+async fn metrics_text(State(server): State<Arc<Server>>) -> Response {
+    let text = server.metrics.render(&server.engine.stats());
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+}
+
+/// Readiness polls of NeMo's recipe ask for `/` and are content with any answer, so this one must always come.
+async fn not_found(request: Request) -> Response {
+    if request.uri().path().starts_with("/v1/") { openai::unknown_route() } else { generate::not_found() }
+}
+
+/// Lets requests through that carry the token or need none.
+async fn authorize(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
+    let allowed = match &server.token {
+        None => true,
+        Some(_) if OPEN_ROUTES.contains(&request.uri().path()) => true,
+        Some(token) => bearer(&request).is_some_and(|given| given.as_bytes().ct_eq(token.as_bytes()).into()),
+    };
+    if allowed {
+        return next.run(request).await;
+    }
+    let body =
+        axum::Json(serde_json::json!({"message": "a bearer token is required, and the one given (if any) is not it"}));
+    (StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, "Bearer")], body).into_response()
+}
+
+/// The token of an `Authorization: Bearer` header.
+fn bearer(request: &Request) -> Option<&str> {
+    let value = request.headers().get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
+/// Gives every answer a request id, counts and logs it. Bodies are never logged: prompts are private.
+async fn observe(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
+    const REQUEST_ID: &str = "x-request-id";
+    let given = request.headers().get(REQUEST_ID).filter(|id| id.len() <= 128).cloned();
+    let id = given.unwrap_or_else(|| HeaderValue::try_from(new_id()).expect("hexadecimal digits are a header value"));
+    let path = request.uri().path();
+    let mut access = Access {
+        metrics: server.metrics.clone(),
+        method: request.method().clone(),
+        route: ROUTES.into_iter().find(|route| *route == path).unwrap_or("other"),
+        id: id.clone(),
+        start: Instant::now(),
+        status: 499,
+    };
+    let mut response = next.run(request).await;
+    access.status = response.status().as_u16();
+    response.headers_mut().insert(REQUEST_ID, id);
+    response
+}
+
+/// One line of the access log, written when the request is over, be it because the client left.
+struct Access {
+    metrics: Arc<Metrics>,
+    method: Method,
+    route: &'static str,
+    id: HeaderValue,
+    start: Instant,
+    status: u16,
+}
+
+impl Drop for Access {
+    fn drop(&mut self) {
+        self.metrics.count_response(self.route, self.status);
+        let (method, route, status) = (&self.method, self.route, self.status);
+        let (id, ms) = (self.id.to_str().unwrap_or("?"), self.start.elapsed().as_millis() as u64);
+        if OPEN_ROUTES.contains(&route) || route == "/metrics" {
+            tracing::debug!(%method, route, status, ms, id, "request");
+        } else {
+            tracing::info!(%method, route, status, ms, id, "request");
+        }
+    }
+}
+
+/// 128 random bits in hexadecimal.
+fn new_id() -> String {
+    format!("{:016x}{:016x}", random_u64(), random_u64())
+}
+
+/// A number that no client can guess or repeat.
+fn random_u64() -> u64 {
+    use rand::{RngCore, SeedableRng};
+    rand::rngs::StdRng::from_os_rng().next_u64()
 }

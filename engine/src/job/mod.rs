@@ -1,9 +1,17 @@
 //! A job file run to its end: rows in, `responses.jsonl` out, in input order.
+//!
+//! [`Job::load`] reads and checks the whole input before anything is generated; [`Job::run`] generates it.
+
+mod input;
+mod output;
+mod run;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+pub use self::run::{Job, JobMeasure};
 
 /// A job file. Field by field the contract that users write.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -109,10 +117,11 @@ impl Default for Generation {
     }
 }
 
-/// How far a job is.
+/// How far a job is. A row is one sample of one prompt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct JobProgress {
     pub rows_total: u64,
+    /// Complete rows, failed ones among them.
     pub rows_done: u64,
     pub rows_failed: u64,
     pub prompt_tokens: u64,
