@@ -8,6 +8,7 @@ use nemotron_engine::checkpoint::CheckpointError;
 use nemotron_engine::config::MeshError;
 use nemotron_engine::job::JobError;
 use nemotron_engine::rank::EngineError;
+use nemotron_engine::request::RowError;
 
 /// Documented exit codes. Scripts branch on them; a batch script passes on the cause's code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -111,14 +112,15 @@ impl From<MeshError> for Failure {
 
 impl From<EngineError> for Failure {
     fn from(error: EngineError) -> Self {
-        let exit = match &error {
+        let exit = match error.cause() {
             EngineError::Checkpoint(_) => Exit::Checkpoint,
             EngineError::Mesh(_) => Exit::DoesNotFit,
             EngineError::Backend(BackendError::OutOfMemory { .. }) => Exit::OutOfMemory,
             EngineError::Backend(_) => Exit::DeviceUnhealthy,
-            EngineError::Collective(_) => Exit::Communication,
+            EngineError::Connect(_) | EngineError::Collective(_) | EngineError::Control { .. } => Exit::Communication,
             EngineError::Desync(_) => Exit::Rendezvous,
-            EngineError::NotFinite => Exit::Numerical,
+            EngineError::Warmup(RowError::NotFinite) => Exit::Numerical,
+            EngineError::Warmup(_) | EngineError::Thread(_) | EngineError::Running(_) => Exit::Internal,
         };
         Self::new(exit, error)
     }

@@ -21,3 +21,8 @@ pub(crate) fn finish(command: &mut Command) -> (i32, String, String) {
     let text = |bytes| String::from_utf8(bytes).expect("output is UTF-8");
     (status.code().expect("an exit code"), text(stdout), text(stderr))
 }
+
+/// The repository's root.
+pub(crate) fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
