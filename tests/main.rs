@@ -1,4 +1,5 @@
 //! End-to-end tests on the real binary.
 
 mod cli;
+mod local;
 mod support;
