@@ -12,22 +12,34 @@ use crate::env::Environment;
 use crate::report::Outcome;
 
 pub mod cli;
+mod client;
 pub mod cluster;
 mod commands;
 pub mod config_file;
 pub mod env;
+mod events;
 pub mod hardware;
 pub mod host;
 pub mod job_file;
 pub mod keys;
+mod local;
 pub mod model;
 pub mod plan;
+mod port;
+mod process;
 pub mod profile;
+mod rendezvous;
 pub mod report;
 pub mod resolve;
+mod rundir;
 pub(crate) mod seconds;
 pub mod settings;
 pub mod spec;
+mod start;
+mod state;
+mod supervise;
+mod tail;
+mod worker;
 
 /// Parses the command line, runs the command, says why it failed, and ends with the documented code.
 pub fn main() -> ExitCode {

@@ -74,3 +74,41 @@ pub struct Deadlines {
     #[serde(with = "crate::seconds")]
     pub progress: Duration,
 }
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// Serves the built-in model with one rank, with deadlines fit for a test.
+    pub(crate) fn serve_spec(name: &str) -> RunSpec {
+        let seconds = Duration::from_secs;
+        RunSpec {
+            schema: 1,
+            name: name.into(),
+            profile: "cpu".into(),
+            cluster: "local".into(),
+            model: ModelSource::Builtin,
+            device: Device::Cpu,
+            dtype: ComputeType::Bf16,
+            threads: 1,
+            mesh: Mesh { tp: 1, pp: 1 },
+            limits: Limits { page_tokens: 16, num_pages: 64, max_step_tokens: 64, max_sequences: 8 },
+            task: Task::Serve {
+                host: std::net::Ipv4Addr::LOCALHOST.into(),
+                port: 0,
+                no_auth: false,
+                token_file: None,
+                strict: false,
+            },
+            deadlines: Deadlines {
+                preflight: seconds(20),
+                rendezvous: seconds(20),
+                comm_init: seconds(20),
+                loading: seconds(20),
+                warmup: seconds(20),
+                drain: seconds(20),
+                progress: seconds(20),
+            },
+        }
+    }
+}

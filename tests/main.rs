@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod cli;
+mod local;
 mod serve;
 mod support;
 mod tidy;

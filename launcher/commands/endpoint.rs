@@ -1,6 +1,22 @@
 use crate::cli::EndpointArgs;
-use crate::report::{Exit, Failure, Outcome};
+use crate::report::{Exit, Failure, Outcome, print_json, print_line};
+use crate::rundir::find_run;
+use crate::state::{Endpoint, Status};
 
-pub(crate) fn run(_args: &EndpointArgs) -> Outcome {
-    Err(Failure::msg(Exit::Internal, "not built"))
+pub(crate) fn run(args: &EndpointArgs) -> Outcome {
+    let run_dir = find_run(&args.run)?;
+    let Some(endpoint) = Endpoint::of(&run_dir)? else {
+        let phase = Status::of(&run_dir)?.phase;
+        let failure = Failure::msg(Exit::Internal, format!("run {} is {phase} and answers nowhere", run_dir.name()));
+        return Err(failure.hint(format!("nemotron wait {} --for ready", run_dir.name())));
+    };
+    if args.json {
+        print_json(&endpoint)?;
+    } else {
+        print_line(&endpoint.url)?;
+        if let Some(token_file) = &endpoint.token_file {
+            eprintln!("token in {}", token_file.display());
+        }
+    }
+    Ok(())
 }

@@ -1,6 +1,30 @@
 use crate::cli::EventsArgs;
-use crate::report::{Exit, Failure, Outcome};
+use crate::events::Event;
+use crate::report::{Outcome, print_line};
+use crate::rundir::find_run;
+use crate::start::POLL;
+use crate::state::Status;
+use crate::tail::Tail;
 
-pub(crate) fn run(_args: &EventsArgs) -> Outcome {
-    Err(Failure::msg(Exit::Internal, "not built"))
+pub(crate) fn run(args: &EventsArgs) -> Outcome {
+    let run_dir = find_run(&args.run)?;
+    let mut journal = Tail::new(run_dir.events_file());
+    loop {
+        // Looked at first: what was written before the end is then read below.
+        let over = !args.follow || Status::of(&run_dir)?.phase.is_end();
+        for line in journal.lines().map_err(anyhow::Error::new)? {
+            let event = serde_json::from_str::<Event>(&line);
+            let shown = match event {
+                Ok(event) if !args.json => event.line(),
+                _ => line,
+            };
+            if !print_line(shown)? {
+                return Ok(());
+            }
+        }
+        if over {
+            return Ok(());
+        }
+        std::thread::sleep(POLL);
+    }
 }

@@ -1,10 +1,13 @@
 use crate::cli::ServeArgs;
 use crate::env::Environment;
 use crate::host::Host;
-use crate::report::{Exit, Failure, Outcome};
+use crate::report::Outcome;
 use crate::resolve;
+use crate::start::{Output, foreground};
+use crate::supervise::block_signals;
 
 pub(crate) fn run(args: &ServeArgs) -> Outcome {
+    block_signals()?;
     let resolved = resolve::serve(args, &Environment::of_process(), &Host::probe()?)?;
-    Err(Failure::msg(Exit::Internal, format!("cannot start {:?}", resolved.spec)))
+    foreground(resolved, Output::Url)
 }

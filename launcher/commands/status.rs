@@ -1,6 +1,114 @@
-use crate::cli::StatusArgs;
-use crate::report::{Exit, Failure, Outcome};
+use std::fmt::Write as _;
+use std::io::IsTerminal as _;
+use std::time::Duration;
 
-pub(crate) fn run(_args: &StatusArgs) -> Outcome {
-    Err(Failure::msg(Exit::Internal, "not built"))
+use serde_json::json;
+
+use crate::cli::StatusArgs;
+use crate::report::{Outcome, print_line};
+use crate::rundir::{RunDir, find_run, run_root};
+use crate::state::Status;
+use crate::supervise::{line, span};
+
+/// How often `--watch` looks.
+const INTERVAL: Duration = Duration::from_millis(500);
+
+pub(crate) fn run(args: &StatusArgs) -> Outcome {
+    let mut shown = String::new();
+    loop {
+        let (view, over) = match &args.run {
+            Some(selector) => one(&find_run(selector)?, args.json)?,
+            None => all(args.json)?,
+        };
+        if view != shown {
+            // A terminal shows the newest view alone.
+            let clear = if args.watch && !args.json && std::io::stdout().is_terminal() { "\x1b[2J\x1b[H" } else { "" };
+            if !print_line(format!("{clear}{view}"))? {
+                return Ok(());
+            }
+            shown = view;
+        }
+        if !args.watch || over {
+            return Ok(());
+        }
+        std::thread::sleep(INTERVAL);
+    }
+}
+
+/// One run, and whether it has ended.
+fn one(run_dir: &RunDir, json: bool) -> Outcome<(String, bool)> {
+    let status = Status::of(run_dir)?;
+    let view = if json { serde_json::to_string(&status).map_err(anyhow::Error::new)? } else { table(&status) };
+    Ok((view, status.phase.is_end()))
+}
+
+/// All runs, the newest last; there is always a next one, so it never ends.
+fn all(json: bool) -> Outcome<(String, bool)> {
+    let mut runs = Vec::new();
+    for run_dir in RunDir::list(&run_root()?) {
+        match Status::of(&run_dir) {
+            Ok(status) => runs.push(status),
+            Err(failure) => tracing::warn!(run = run_dir.name(), %failure, "skipped"),
+        }
+    }
+    let view = if json {
+        json!({ "schema": 1, "runs": runs }).to_string()
+    } else {
+        let mut view = format!("{:<24} {:<6} {:<10} STATE", "RUN", "TASK", "PROFILE");
+        for status in &runs {
+            _ = write!(view, "\n{:<24} {:<6} {:<10} {}", status.run, status.task, status.profile, line(status));
+        }
+        view
+    };
+    Ok((view, false))
+}
+
+fn table(status: &Status) -> String {
+    let mut view = format!("{}  {}", status.run, line(status));
+    let end = if status.phase.is_end() { status.since } else { status.updated };
+    let age = end.duration_since(status.started).as_secs_f64();
+    _ = write!(
+        view,
+        "\n{} on {} ({}), attempt {}, started {}, {}",
+        status.task,
+        status.cluster,
+        status.profile,
+        status.attempt,
+        status.started,
+        span(age.max(0.0))
+    );
+    if let Some(supervisor) = &status.supervisor {
+        _ = write!(view, "\nsupervisor: host {}, pid {}", supervisor.host, supervisor.pid);
+    }
+    let stats = &status.stats;
+    if stats.steps > 0 || stats.finished_rows > 0 {
+        _ = write!(
+            view,
+            "\nrows finished {}, prompt tokens {}, generated tokens {}, KV pages {}/{}",
+            stats.finished_rows, stats.prompt_tokens, stats.generated_tokens, stats.kv_pages_used, stats.kv_pages_total
+        );
+    }
+    _ = write!(
+        view,
+        "\n\n{:>4}  {:<16} {:>8}  {:<8} {:<11} {:>6} {:>10}",
+        "RANK", "HOST", "PID", "DEVICE", "PHASE", "LOAD", "STEPS"
+    );
+    for rank in &status.ranks {
+        let host = rank.process.as_ref().map_or("-", |process| &process.host);
+        let pid = rank.process.as_ref().map_or_else(|| "-".into(), |process| process.pid.to_string());
+        let phase = rank.phase.map_or_else(|| "-".into(), |phase| crate::state::RunPhase::from(phase).to_string());
+        let load = if rank.phase >= Some(nemotron_engine::report::Phase::Ready) { 1.0 } else { rank.progress };
+        _ = write!(
+            view,
+            "\n{:>4}  {host:<16} {pid:>8}  {:<8} {phase:<11} {:>5.0}% {:>10}",
+            rank.rank,
+            rank.device,
+            load * 100.0,
+            rank.steps
+        );
+        if let Some(ended) = &rank.ended {
+            _ = write!(view, "  {ended}");
+        }
+    }
+    view
 }

@@ -1,6 +1,18 @@
-use crate::cli::SuperviseArgs;
-use crate::report::{Exit, Failure, Outcome};
+use anyhow::Context as _;
+use nix::unistd::setsid;
 
-pub(crate) fn run(_args: &SuperviseArgs) -> Outcome {
-    Err(Failure::msg(Exit::Internal, "not built"))
+use crate::cli::SuperviseArgs;
+use crate::env::Environment;
+use crate::report::Outcome;
+use crate::rundir::RunDir;
+use crate::start::DETACHED;
+use crate::supervise;
+
+pub(crate) fn run(args: &SuperviseArgs) -> Outcome {
+    if Environment::of_process().get(DETACHED).is_some() {
+        setsid().context("cannot leave the terminal's session")?;
+    }
+    supervise::block_signals()?;
+    let run_dir = RunDir::open(&args.run_dir)?;
+    supervise::supervise(&run_dir, run_dir.last_attempt(), Box::new(|_| ())).map(drop)
 }

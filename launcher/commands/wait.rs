@@ -1,6 +1,30 @@
-use crate::cli::WaitArgs;
-use crate::report::{Exit, Failure, Outcome};
+use std::time::{Duration, Instant};
 
-pub(crate) fn run(_args: &WaitArgs) -> Outcome {
-    Err(Failure::msg(Exit::Internal, "not built"))
+use crate::cli::{WaitArgs, WaitFor};
+use crate::report::{Exit, Failure, Outcome};
+use crate::rundir::{RunDir, find_run};
+use crate::start::POLL;
+use crate::state::{RunPhase, Status};
+
+pub(crate) fn run(args: &WaitArgs) -> Outcome {
+    wait_for(&find_run(&args.run)?, args.target, args.timeout)
+}
+
+/// Blocks until the run has come so far, or has ended.
+pub(super) fn wait_for(run_dir: &RunDir, target: WaitFor, timeout: Option<Duration>) -> Outcome {
+    let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    loop {
+        let status = Status::of(run_dir)?;
+        if status.phase.is_end() {
+            return status.outcome();
+        }
+        if target == WaitFor::Ready && (status.phase.is_up() || status.phase == RunPhase::Draining) {
+            return Ok(());
+        }
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            let text = format!("the time is over: run {} is still {}", run_dir.name(), status.phase);
+            return Err(Failure::msg(Exit::WaitTimedOut, text));
+        }
+        std::thread::sleep(POLL);
+    }
 }

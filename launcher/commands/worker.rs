@@ -1,6 +1,6 @@
 use crate::cli::WorkerArgs;
-use crate::report::{Exit, Failure, Outcome};
+use crate::report::Outcome;
 
-pub(crate) fn run(_args: &WorkerArgs) -> Outcome {
-    Err(Failure::msg(Exit::Internal, "not built"))
+pub(crate) fn run(args: &WorkerArgs) -> Outcome {
+    crate::worker::run(args)
 }

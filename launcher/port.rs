@@ -1,0 +1,99 @@
+//! A port that is ours before it answers: taken early, so that a second server fails at once, but refusing connections until the model is ready.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
+};
+
+use crate::report::{Exit, Failure, Outcome};
+
+/// A bound socket that does not listen yet.
+pub(crate) struct Port {
+    socket: OwnedFd,
+    address: SocketAddr,
+}
+
+impl Port {
+    /// Takes the port; 0 lets the system choose.
+    pub(crate) fn bind(address: SocketAddr) -> Outcome<Self> {
+        let socket = bound(address).map_err(|errno| {
+            let text = format!("cannot take {address}");
+            let failure = Failure::new(Exit::Preflight, anyhow::Error::new(io::Error::from(errno)).context(text));
+            match errno {
+                Errno::EADDRINUSE => failure.hint(format!(
+                    "port {} is in use: choose another with --port, or --port 0 for any",
+                    address.port()
+                )),
+                Errno::EACCES => failure.hint("ports below 1024 are for root: choose another with --port"),
+                Errno::EADDRNOTAVAIL => failure.hint("--host must be an address of this machine"),
+                _ => failure,
+            }
+        })?;
+        Ok(Self { socket, address })
+    }
+
+    /// From now on connections are accepted.
+    pub(crate) fn listen(self) -> Outcome<TcpListener> {
+        // Connections inherit it, so that the next run can take the port while old ones linger in TIME_WAIT. It is not set from the
+        // beginning because two sockets that both have it could both take the port.
+        let listening = setsockopt(&self.socket, sockopt::ReuseAddr, &true)
+            .and_then(|()| listen(&self.socket, Backlog::MAXALLOWABLE));
+        listening.map_err(|errno| {
+            let text = format!("cannot listen on {}", self.address);
+            Failure::new(Exit::Preflight, anyhow::Error::new(io::Error::from(errno)).context(text))
+        })?;
+        Ok(TcpListener::from(self.socket))
+    }
+}
+
+fn bound(address: SocketAddr) -> Result<OwnedFd, Errno> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let address = SockaddrStorage::from(address);
+    match bind(socket.as_raw_fd(), &address) {
+        // Perhaps only connections of an ended server are left on it; whoever listens or has bound it exclusively still prevails.
+        Err(Errno::EADDRINUSE) => {
+            setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+            bind(socket.as_raw_fd(), &address)?;
+        }
+        other => other?,
+    }
+    Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use std::io::Read as _;
+    use std::net::{Ipv4Addr, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn a_port_is_taken_before_it_answers() {
+        let port = Port::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address: SocketAddr = {
+            let bound: SockaddrStorage = nix::sys::socket::getsockname(port.socket.as_raw_fd()).unwrap();
+            (Ipv4Addr::LOCALHOST, bound.as_sockaddr_in().unwrap().port()).into()
+        };
+        assert_eq!(TcpStream::connect(address).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        let refused = Port::bind(address).err().unwrap();
+        assert_eq!(refused.exit, Exit::Preflight);
+        assert!(refused.to_string().contains(&format!("port {} is in use", address.port())));
+
+        let listener = port.listen().unwrap();
+        let mut client = TcpStream::connect(address).unwrap();
+        assert_eq!(Port::bind(address).err().unwrap().exit, Exit::Preflight);
+
+        // The server closes first, so its side lingers in TIME_WAIT; the port can be taken again all the same.
+        drop((listener.accept().unwrap(), listener));
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        drop(client);
+        Port::bind(address).unwrap().listen().unwrap();
+    }
+}

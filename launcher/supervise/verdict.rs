@@ -1,0 +1,152 @@
+//! How a run ends: from what went wrong on its ranks to the one cause that is reported.
+
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+
+use nix::sys::signal::Signal;
+
+use crate::rendezvous::RankEnd;
+use crate::report::{Exit, Failure};
+use crate::state::{End, RunPhase};
+
+/// Something that ends the run.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Fault {
+    pub(super) rank: Option<usize>,
+    pub(super) exit: Exit,
+    /// The error, its causes below it.
+    pub(super) error: Vec<String>,
+    pub(super) hints: Vec<String>,
+}
+
+impl Fault {
+    pub(super) fn new(rank: Option<usize>, exit: Exit, text: impl Into<String>) -> Self {
+        Self { rank, exit, error: vec![text.into()], hints: Vec::new() }
+    }
+
+    /// What the rank reported about itself; `who` names it.
+    pub(super) fn reported(rank: usize, who: &str, exit: Exit, end: RankEnd) -> Self {
+        let mut error = vec![format!("{who} failed")];
+        error.extend(end.error);
+        Self { rank: Some(rank), exit, error, hints: end.hints }
+    }
+
+    /// A process that ended without a report.
+    pub(super) fn died(rank: usize, who: &str, status: ExitStatus) -> Self {
+        let (exit, text) = match (status.signal(), status.code()) {
+            (Some(signal), _) => (Exit::RankLost, format!("{who} was killed by {}", signal_name(signal))),
+            (None, Some(0)) => (Exit::RankLost, format!("{who} left before the end")),
+            (None, code) => {
+                let code = code.unwrap_or(-1);
+                (Exit::Internal, format!("{who} ended with exit code {code} and without a report"))
+            }
+        };
+        let mut fault = Self::new(Some(rank), exit, text);
+        if status.signal() == Some(Signal::SIGKILL as i32) {
+            fault.hints.push("if nobody killed it, the host may have run out of memory: see dmesg".into());
+        }
+        fault
+    }
+}
+
+/// The fault that the others follow from: a rank that only lost a connection lost it to the rank that failed.
+pub(super) fn cause(faults: &[Fault]) -> Option<&Fault> {
+    faults.iter().find(|fault| fault.exit != Exit::Communication).or(faults.first())
+}
+
+/// How the run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Verdict {
+    /// DONE, FAILED or CANCELLED.
+    pub(super) phase: RunPhase,
+    pub(super) exit: Option<Exit>,
+    pub(super) rank: Option<usize>,
+    pub(super) error: Vec<String>,
+    pub(super) hints: Vec<String>,
+}
+
+impl Verdict {
+    pub(super) fn done() -> Self {
+        Self { phase: RunPhase::Done, exit: None, rank: None, error: Vec::new(), hints: Vec::new() }
+    }
+
+    pub(super) fn failed(fault: &Fault) -> Self {
+        Self {
+            phase: RunPhase::Failed,
+            exit: Some(fault.exit),
+            rank: fault.rank,
+            error: fault.error.clone(),
+            hints: fault.hints.clone(),
+        }
+    }
+
+    pub(super) fn cancelled(exit: Exit, text: impl Into<String>) -> Self {
+        Self { phase: RunPhase::Cancelled, exit: Some(exit), rank: None, error: vec![text.into()], hints: Vec::new() }
+    }
+
+    /// The cause in one line.
+    pub(super) fn text(&self) -> Option<String> {
+        (!self.error.is_empty()).then(|| self.error.join(": "))
+    }
+
+    pub(super) fn end(&self) -> End {
+        End { exit: self.exit, exit_code: self.exit.map_or(0, |exit| exit as u8), cause: self.text(), rank: self.rank }
+    }
+
+    /// The command's failure; `None` when the run succeeded.
+    pub(super) fn failure(&self, run: &str) -> Option<Failure> {
+        let exit = self.exit?;
+        let innermost = self.error.last().cloned().unwrap_or_default();
+        let outer = self.error.iter().rev().skip(1);
+        let error = outer.fold(anyhow::Error::msg(innermost), |error, text| error.context(text.clone()));
+        let how = if self.phase == RunPhase::Cancelled { "was stopped" } else { "failed" };
+        let failure = Failure::new(exit, error.context(format!("run {run} {how}")));
+        Some(self.hints.iter().cloned().fold(failure, Failure::hint))
+    }
+}
+
+fn signal_name(signal: i32) -> String {
+    Signal::try_from(signal).map_or_else(|_| format!("signal {signal}"), |signal| signal.as_str().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    #[test]
+    fn a_lost_connection_is_a_consequence() {
+        let lost = |rank| Fault::new(Some(rank), Exit::Communication, "lost the connection");
+        let killed = Fault::died(1, "rank 1 (host h, pid 7)", ExitStatus::from_raw(9));
+        assert_eq!(killed.exit, Exit::RankLost);
+        assert_eq!(killed.error, ["rank 1 (host h, pid 7) was killed by SIGKILL"]);
+        assert_eq!(cause(&[lost(0), killed.clone(), lost(2)]), Some(&killed));
+        assert_eq!(cause(&[lost(2), lost(0)]).unwrap().rank, Some(2));
+        assert_eq!(cause(&[]), None);
+    }
+
+    #[test]
+    fn a_process_without_a_report_is_judged_by_its_status() {
+        let exit = |raw| Fault::died(0, "rank 0", ExitStatus::from_raw(raw)).exit;
+        assert_eq!(exit(0), Exit::RankLost);
+        assert_eq!(exit(101 << 8), Exit::Internal);
+        assert_eq!(exit(11), Exit::RankLost);
+    }
+
+    #[test]
+    fn a_failure_keeps_the_chain() {
+        let end = RankEnd {
+            exit: Some(Exit::Checkpoint),
+            error: vec!["outer".into(), "inner".into()],
+            hints: vec!["try".into()],
+        };
+        let fault = Fault::reported(3, "rank 3", Exit::Checkpoint, end);
+        let failure = Verdict::failed(&fault).failure("r").unwrap();
+        assert_eq!(failure.exit, Exit::Checkpoint);
+        let text =
+            "error: run r failed\n  caused by: rank 3 failed\n  caused by: outer\n  caused by: inner\n  help: try";
+        assert_eq!(failure.to_string(), text);
+        assert!(Verdict::done().failure("r").is_none());
+    }
+}

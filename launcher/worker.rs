@@ -1,0 +1,357 @@
+//! One rank's process: finds its supervisor, takes part in the engine, tells how it goes, and never outlives the supervisor.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use nemotron_engine::chat::ChatTemplate;
+use nemotron_engine::checkpoint;
+use nemotron_engine::engine::Engine;
+use nemotron_engine::job::{Job, JobError, JobProgress};
+use nemotron_engine::rank::{self, EngineError, ModelSource, Peers, Rank, RankSpec};
+use nemotron_engine::report::{Phase, Reporter};
+use nemotron_engine::serve::{self, ServeOptions};
+use nemotron_engine::tokenizer::Tokenizer;
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::getppid;
+use tokio::sync::watch;
+
+use crate::cli::WorkerArgs;
+use crate::env::{self, Environment};
+use crate::job_file::load_job;
+use crate::local::SUPERVISOR_PID;
+use crate::port::Port;
+use crate::process::ProcessId;
+use crate::rendezvous::{Down, Hello, Identity, Link, Messages, RankEnd, Up, connect, local_ip, run_key};
+use crate::report::{Exit, Failure, Outcome};
+use crate::rundir::{RunDir, read_token};
+use crate::spec::{RunSpec, Task};
+use crate::state::url_of;
+
+/// How often a rank says that it is alive, and how far.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+
+pub(crate) fn run(args: &WorkerArgs) -> Outcome {
+    // Until the connection to the supervisor takes over this duty.
+    set_pdeathsig(Signal::SIGKILL).map_err(anyhow::Error::new)?;
+    let environment = Environment::of_process();
+    let parent = getppid().to_string();
+    if environment.get(SUPERVISOR_PID).is_some_and(|supervisor| supervisor != parent) {
+        return Err(Failure::msg(Exit::Communication, "the supervisor has ended already"));
+    }
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+    signals.thread_block().map_err(anyhow::Error::new)?;
+
+    let run_dir = RunDir::open(&args.run_dir)?;
+    let spec = run_dir.spec()?;
+    let supervisor = environment.get(env::SUPERVISOR).and_then(|address| address.parse().ok());
+    let supervisor: SocketAddr = supervisor
+        .ok_or_else(|| Failure::msg(Exit::Usage, format!("{} must be the supervisor's address", env::SUPERVISOR)))?;
+    let ip = local_ip(supervisor).context("cannot find this host's own address")?;
+    let listener = TcpListener::bind((ip, 0)).context("cannot listen for other ranks")?;
+    let address = listener.local_addr().context("cannot listen for other ranks")?;
+    let key = run_key(&run_dir.token()?);
+    let identity = Identity::current(&run_dir, args.attempt)?;
+    let hello = Hello { rank: args.rank, process: ProcessId::current(), identity, address };
+    let (link, messages) = connect(supervisor, &key, &hello, spec.deadlines.rendezvous)?;
+
+    let (voice, post) = Post::open(link);
+    let (peers_sender, peers) = channel();
+    let (drain_sender, drain) = watch::channel(false);
+    let endpoint = (args.rank == 0).then(|| run_dir.endpoint_file());
+    let lifeline = Lifeline { messages, endpoint, peers: peers_sender, drain: drain_sender, post: Arc::clone(&post) };
+    lifeline.hold().context("cannot start a thread")?;
+    forward_signals(signals, Arc::clone(&post)).context("cannot start a thread")?;
+    set_pdeathsig(None).map_err(anyhow::Error::new)?;
+
+    let member = Member { rank: args.rank, spec: &spec, run_dir: &run_dir, post: &post };
+    let outcome = member.take_part(listener, key, &peers, drain);
+    post.end(&outcome);
+    // The last message is out when the voice falls silent.
+    _ = voice.join();
+    outcome
+}
+
+/// What this rank has to say; said by a thread of its own, so that nobody who computes waits for the network.
+struct Post {
+    messages: Mutex<Sender<Up>>,
+    phase: Mutex<Option<Phase>>,
+    /// Bits of an f64.
+    progress: AtomicU64,
+    steps: AtomicU64,
+    engine: OnceLock<Engine>,
+    job: Mutex<Option<JobProgress>>,
+    ended: AtomicBool,
+}
+
+impl Post {
+    fn open(link: Link) -> (JoinHandle<()>, Arc<Self>) {
+        let (sender, messages) = channel();
+        let post = Arc::new(Self {
+            messages: Mutex::new(sender),
+            phase: Mutex::new(None),
+            progress: AtomicU64::new(0),
+            steps: AtomicU64::new(0),
+            engine: OnceLock::new(),
+            job: Mutex::new(None),
+            ended: AtomicBool::new(false),
+        });
+        let speaker = Arc::clone(&post);
+        (std::thread::spawn(move || speaker.speak(&link, &messages)), post)
+    }
+
+    fn say(&self, message: Up) {
+        // Nobody listens any more only when the process is about to end.
+        _ = lock(&self.messages).send(message);
+    }
+
+    fn end(&self, outcome: &Outcome) {
+        self.ended.store(true, Ordering::Relaxed);
+        self.say(Up::End(RankEnd::of(outcome)));
+    }
+
+    /// Sends messages as they come and a heartbeat in between, until the last message. When the connection is broken, the lifeline ends
+    /// the process.
+    fn speak(&self, link: &Link, messages: &Receiver<Up>) {
+        let mut next_beat = Instant::now();
+        loop {
+            let sent = match messages.recv_timeout(next_beat.saturating_duration_since(Instant::now())) {
+                Ok(Up::End(end)) => {
+                    _ = self.beat(link).and_then(|()| link.send(&Up::End(end)));
+                    return;
+                }
+                Ok(message) => link.send(&message),
+                Err(RecvTimeoutError::Timeout) => {
+                    next_beat = Instant::now() + HEARTBEAT;
+                    self.beat(link)
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            if sent.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn beat(&self, link: &Link) -> anyhow::Result<()> {
+        let progress = f64::from_bits(self.progress.load(Ordering::Relaxed));
+        link.send(&Up::Heartbeat { progress, steps: self.steps.load(Ordering::Relaxed) })?;
+        match self.engine.get() {
+            Some(engine) => link.send(&Up::Stats { stats: engine.stats(), job: *lock(&self.job) }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Reporter for Post {
+    fn phase(&self, phase: Phase) {
+        if lock(&self.phase).replace(phase) != Some(phase) {
+            self.progress.store(0, Ordering::Relaxed);
+            self.say(Up::Phase { phase });
+        }
+    }
+
+    fn progress(&self, done: f64) {
+        self.progress.store(done.to_bits(), Ordering::Relaxed);
+    }
+
+    fn steps(&self, steps: u64) {
+        self.steps.store(steps, Ordering::Relaxed);
+    }
+}
+
+/// The receiving side of the connection: as long as it stands, there is a supervisor.
+struct Lifeline {
+    messages: Messages,
+    /// Of rank 0: what must not outlive it.
+    endpoint: Option<PathBuf>,
+    peers: Sender<Vec<SocketAddr>>,
+    drain: watch::Sender<bool>,
+    post: Arc<Post>,
+}
+
+impl Lifeline {
+    fn hold(mut self) -> std::io::Result<()> {
+        std::thread::Builder::new().name("lifeline".into()).spawn(move || {
+            loop {
+                match self.messages.next() {
+                    Ok(Down::Peers { addresses }) => _ = self.peers.send(addresses),
+                    Ok(Down::Drain) => _ = self.drain.send_replace(true),
+                    // After the last message this process is ending, and has an error to print.
+                    Ok(Down::Stop) if self.post.ended.load(Ordering::Relaxed) => {}
+                    Ok(Down::Stop) => self.leave(0),
+                    Err(error) => {
+                        tracing::error!(%error, "the supervisor has gone");
+                        self.leave(Exit::Communication as i32);
+                    }
+                }
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Ends the process, whatever its other threads wait for.
+    fn leave(&self, code: i32) -> ! {
+        if let Some(endpoint) = &self.endpoint {
+            // It is not there before READY.
+            _ = fs::remove_file(endpoint);
+        }
+        std::process::exit(code)
+    }
+}
+
+/// A signal to one rank (a scheduler sends it to all) is a wish that the run ends; the supervisor decides how.
+fn forward_signals(signals: SigSet, post: Arc<Post>) -> std::io::Result<()> {
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        while let Ok(signal) = signals.wait() {
+            post.say(Up::Signalled { interrupt: signal == Signal::SIGINT });
+        }
+    })?;
+    Ok(())
+}
+
+struct Member<'a> {
+    rank: usize,
+    spec: &'a RunSpec,
+    run_dir: &'a RunDir,
+    post: &'a Arc<Post>,
+}
+
+/// What rank 0 needs for its task; made before anything is loaded, so that mistakes show at once.
+enum Errand {
+    Serve { port: Port, token: Option<String>, strict: bool, chat: ChatTemplate },
+    Job { job: Box<Job>, tokenizer: Tokenizer },
+}
+
+impl Member<'_> {
+    /// From preflight to the end.
+    fn take_part(
+        &self,
+        listener: TcpListener,
+        secret: Vec<u8>,
+        peers: &Receiver<Vec<SocketAddr>>,
+        drain: watch::Receiver<bool>,
+    ) -> Outcome {
+        self.post.phase(Phase::Preflight);
+        let errand = if self.rank == 0 { Some(self.preflight()?) } else { None };
+        self.post.phase(Phase::Rendezvous);
+        let addresses = peers.recv().context("the lifeline has ended")?;
+        let deadline = Instant::now() + self.spec.deadlines.comm_init;
+        let peers = (addresses.len() > 1).then_some(Peers { listener, addresses, secret, deadline });
+        let reporter: Arc<dyn Reporter> = Arc::<Post>::clone(self.post);
+        let rank = rank::start(&self.rank_spec(), peers, reporter)?;
+        self.post.phase(Phase::Ready);
+        match (rank, errand) {
+            (Rank::Leader(engine), Some(errand)) => self.lead(&engine, errand, drain),
+            (Rank::Follower(follower), None) => Ok(follower.run()?),
+            _ => Err(Failure::msg(Exit::Internal, "rank 0 and only rank 0 leads")),
+        }
+    }
+
+    fn rank_spec(&self) -> RankSpec {
+        let spec = self.spec;
+        RankSpec {
+            rank: self.rank,
+            mesh: spec.mesh,
+            model: spec.model.clone(),
+            device: spec.device,
+            dtype: spec.dtype,
+            threads: spec.threads,
+            limits: spec.limits,
+        }
+    }
+
+    fn preflight(&self) -> Outcome<Errand> {
+        match &self.spec.task {
+            &Task::Serve { host, port, no_auth, ref token_file, strict } => {
+                let token = match (no_auth, token_file) {
+                    (true, _) => None,
+                    (false, Some(file)) => {
+                        Some(read_token(file).map_err(|error| Failure::new(Exit::Preflight, error))?)
+                    }
+                    (false, None) => Some(self.run_dir.token()?),
+                };
+                let folder = match &self.spec.model {
+                    ModelSource::Path(path) => Some(path.as_path()),
+                    ModelSource::Builtin => None,
+                };
+                let chat = ChatTemplate::for_checkpoint(folder);
+                let chat = chat.map_err(|error| Failure::new(Exit::Checkpoint, error))?;
+                Ok(Errand::Serve { port: Port::bind((host, port).into())?, token, strict, chat })
+            }
+            Task::Job { file, limit, overrides } => {
+                let job = load_job(file, overrides)?;
+                let folder = job.path.parent().unwrap_or(self.run_dir.path());
+                let tokenizer = checkpoint::open(&self.spec.model)?.tokenizer()?;
+                let job = Box::new(Job::load(&job.file, folder, *limit, &tokenizer)?);
+                Ok(Errand::Job { job, tokenizer })
+            }
+        }
+    }
+
+    fn lead(&self, engine: &Engine, errand: Errand, mut drain: watch::Receiver<bool>) -> Outcome {
+        _ = self.post.engine.set(engine.clone());
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        let runtime = runtime.context("cannot start the threads that serve")?;
+        let asked_to_drain = async move {
+            // The sender lives as long as the process.
+            _ = drain.wait_for(|&drain| drain).await;
+        };
+        let outcome = runtime.block_on(async {
+            tokio::select! {
+                biased;
+                error = engine.failed() => Err(EngineError::Running(error).into()),
+                outcome = self.run_errand(engine, errand, asked_to_drain) => outcome,
+            }
+        });
+        // Connections that idle clients hold open must not hold up the end.
+        runtime.shutdown_background();
+        outcome
+    }
+
+    async fn run_errand(
+        &self,
+        engine: &Engine,
+        errand: Errand,
+        asked_to_drain: impl Future<Output = ()> + Send + 'static,
+    ) -> Outcome {
+        match errand {
+            Errand::Serve { port, token, strict, chat } => {
+                let listener = port.listen()?;
+                let url = url_of(listener.local_addr().context("cannot listen")?);
+                self.post.say(Up::Ready { url: Some(url) });
+                let options = ServeOptions { listener, token, strict, chat };
+                let tokenizer = engine.info().tokenizer.clone();
+                let served = serve::run(engine.clone(), tokenizer, options, asked_to_drain).await;
+                Ok(served.context("the server failed")?)
+            }
+            Errand::Job { job, tokenizer } => {
+                self.post.say(Up::Ready { url: None });
+                let progress = |progress| *lock(&self.post.job) = Some(progress);
+                match job.run(engine, &tokenizer, &progress, asked_to_drain).await {
+                    Ok(progress) => {
+                        *lock(&self.post.job) = Some(progress);
+                        Ok(())
+                    }
+                    Err(error) => match (error, engine.failure()) {
+                        // The engine says with which exit code it failed.
+                        (JobError::Engine(_), Some(cause)) => Err(EngineError::Running(cause).into()),
+                        (error, _) => Err(error.into()),
+                    },
+                }
+            }
+        }
+    }
+}
+
+/// What is guarded is replaced as a whole, so a panic elsewhere leaves it usable.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
