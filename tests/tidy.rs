@@ -18,7 +18,8 @@ const ENGINE_ROWS: &[&[&str]] = &[
 ];
 
 /// The only files with `unsafe`: SIMD, threads, maps, shared memory, and the run-time loading of a device's libraries.
-const UNSAFE_ALLOWED: &[&str] = &["engine/src/backend/cpu/", "engine/src/checkpoint/", "engine/src/collective/shm.rs", "kernels/src/"];
+const UNSAFE_ALLOWED: &[&str] =
+    &["engine/src/backend/cpu/", "engine/src/checkpoint/", "engine/src/collective/shm.rs", "kernels/src/"];
 
 fn sources(folders: &[&str]) -> Vec<(PathBuf, String)> {
     let mut files = Vec::new();
@@ -56,7 +57,8 @@ fn engine_modules_use_only_what_stands_below() {
         if user == "lib" {
             continue;
         }
-        let own = row(&user).unwrap_or_else(|| panic!("{user} stands in no row of the engine; give it one in tests/tidy.rs"));
+        let own =
+            row(&user).unwrap_or_else(|| panic!("{user} stands in no row of the engine; give it one in tests/tidy.rs"));
         for used in without_tests(&text).split("use crate::").skip(1) {
             let used: String = used.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
             if row(&used).is_some_and(|used| used > own) {
@@ -95,7 +97,20 @@ fn every_dependency_has_a_licence_that_suits_ours_and_is_used() {
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    let allowed = ["MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "Zlib", "Unicode-3.0", "CC0-1.0", "0BSD", "Unlicense", "MIT-0", "BSL-1.0"];
+    let allowed = [
+        "MIT",
+        "Apache-2.0",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "ISC",
+        "Zlib",
+        "Unicode-3.0",
+        "CC0-1.0",
+        "0BSD",
+        "Unlicense",
+        "MIT-0",
+        "BSL-1.0",
+    ];
     for package in metadata["packages"].as_array().unwrap() {
         let licence = package["license"].as_str().unwrap_or("none");
         // Every alternative of an OR is enough; every part of an AND must do.
@@ -104,8 +119,7 @@ fn every_dependency_has_a_licence_that_suits_ours_and_is_used() {
         });
         assert!(fits, "{}: licence {licence}", package["name"]);
     }
-    let text: String =
-        sources(&["engine", "kernels", "launcher", "tests"]).into_iter().map(|(_, text)| text).collect();
+    let text: String = sources(&["engine", "kernels", "launcher", "tests"]).into_iter().map(|(_, text)| text).collect();
     for package in metadata["packages"].as_array().unwrap().iter().filter(|package| package["source"].is_null()) {
         for dependency in package["dependencies"].as_array().unwrap() {
             let name = dependency["name"].as_str().unwrap().replace('-', "_");

@@ -3,11 +3,11 @@
 use std::net::TcpStream;
 use std::sync::Arc;
 
-use crate::backend::cpu::CpuBackend;
 use crate::backend::BackendError;
+use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::{self, CheckpointError};
-use crate::collective::host::HostCollective;
 use crate::collective::CollectiveError;
+use crate::collective::host::HostCollective;
 use crate::config::MeshError;
 use crate::engine::{Engine, EngineInfo, FRAME_END, FRAME_MAX, FRAME_PLAN, FRAME_RESULT, start_leader};
 use crate::mesh::{ConnectError, Control, connect_mesh};

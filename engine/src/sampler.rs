@@ -113,7 +113,8 @@ impl Sampler {
 
         let candidates = &mut self.candidates;
         candidates.clear();
-        candidates.extend(logits.iter().zip(0..).filter(|(logit, _)| **logit > f32::NEG_INFINITY).map(|(l, id)| (*l, id)));
+        candidates
+            .extend(logits.iter().zip(0..).filter(|(logit, _)| **logit > f32::NEG_INFINITY).map(|(l, id)| (*l, id)));
         if limit_k && top_k < candidates.len() {
             let (_, kth, _) = candidates.select_nth_unstable_by(top_k - 1, best_first);
             let threshold = kth.0;

@@ -7,9 +7,9 @@
 use std::collections::VecDeque;
 
 use crate::kv_cache::PagePool;
-use crate::spec::Limits;
 use crate::request::{Event, RowError};
 use crate::sequence::Sequence;
+use crate::spec::Limits;
 use crate::step::{Admission, RowResult, Slot, StepPlan, StepResult, Work};
 use crate::tokenizer::Tokenizer;
 

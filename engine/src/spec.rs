@@ -71,7 +71,9 @@ impl ModelSource {
     pub fn name(&self) -> String {
         match self {
             Self::Builtin => BUILTIN_NAME.into(),
-            Self::Path(path) => path.file_name().map_or_else(|| path.display().to_string(), |n| n.display().to_string()),
+            Self::Path(path) => {
+                path.file_name().map_or_else(|| path.display().to_string(), |n| n.display().to_string())
+            }
         }
     }
 }

@@ -354,15 +354,26 @@ mod tests {
         StepResult {
             step: 12,
             rows: vec![
-                RowResult { slot: 2, token: Some(0), logprobs: Some(Box::new(logprobs.clone())), ..RowResult::default() },
-                RowResult { slot: 3, prompt: vec![logprobs.clone(), logprobs], not_finite: true, ..RowResult::default() },
+                RowResult {
+                    slot: 2,
+                    token: Some(0),
+                    logprobs: Some(Box::new(logprobs.clone())),
+                    ..RowResult::default()
+                },
+                RowResult {
+                    slot: 3,
+                    prompt: vec![logprobs.clone(), logprobs],
+                    not_finite: true,
+                    ..RowResult::default()
+                },
             ],
         }
     }
 
     #[test]
     fn messages_survive_the_wire() {
-        let (mut bytes, mut decoded_plan, mut decoded_result) = (Vec::new(), StepPlan::default(), StepResult::default());
+        let (mut bytes, mut decoded_plan, mut decoded_result) =
+            (Vec::new(), StepPlan::default(), StepResult::default());
         plan().encode(&mut bytes);
         decoded_plan.decode(&bytes).unwrap();
         assert_eq!(decoded_plan, plan());

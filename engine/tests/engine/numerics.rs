@@ -1,12 +1,11 @@
 //! The whole engine against numbers that other software computed: transformers in f32 on the same checkpoints.
 
-
+use super::parity_model;
+use super::support::{LIMITS, Output, engine, fixtures, floats, generate, greedy, ids, json};
 use nemotron_engine::backend::ComputeType;
 use nemotron_engine::config::Mesh;
 use nemotron_engine::rank::ModelSource;
 use nemotron_engine::request::{LogprobSpec, Request};
-use super::parity_model;
-use super::support::{LIMITS, Output, engine, fixtures, floats, generate, greedy, ids, json};
 
 const ALL: LogprobSpec = LogprobSpec { tokens: true, prompt: true, top: 5, full: false };
 const ONE_RANK: Mesh = Mesh { tp: 1, pp: 1 };

@@ -1,11 +1,11 @@
 //! What a row gives must not depend on its company: batch, chunks, pages, mesh; and every row ends as it was asked to.
 
+use super::support::{LIMITS, collect, engine, generate, greedy};
 use nemotron_engine::backend::ComputeType;
 use nemotron_engine::config::Mesh;
 use nemotron_engine::engine::Engine;
 use nemotron_engine::rank::{Limits, ModelSource};
 use nemotron_engine::request::{Finish, FinishReason, LogprobSpec, Request, RowError, Sampling, StopMatch};
-use super::support::{LIMITS, collect, engine, generate, greedy};
 
 const ONE_RANK: Mesh = Mesh { tp: 1, pp: 1 };
 
@@ -89,7 +89,8 @@ fn rows_end_as_asked() {
 
     // A string over two tokens, kept whole at the end of the row.
     let mut stop_string = greedy(prompt.clone(), 24);
-    stop_string.stopping.stop_strings = vec![text_of(&free.ids)[text_of(&free.ids[..8]).len()..text_of(&free.ids[..10]).len()].into()];
+    stop_string.stopping.stop_strings =
+        vec![text_of(&free.ids)[text_of(&free.ids[..8]).len()..text_of(&free.ids[..10]).len()].into()];
     let output = generate(&engine, [stop_string.clone()]).remove(0);
     assert!(output.ids.len() <= 10 && text_of(&output.ids).ends_with(&stop_string.stopping.stop_strings[0]));
     assert_eq!(output.finish, finish(FinishReason::Stop));

@@ -2,63 +2,56 @@
 
 use bytemuck::Pod;
 use half::f16;
+use memmap2::MmapMut;
 
 use super::gemm::COLUMN_BLOCK;
 use super::product::Element;
 use crate::backend::{BackendError, ComputeType};
 use crate::checkpoint::{Block, Dtype, Storage, Tensor};
 
-/// A cache line; memory made of them is aligned for vectors.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-// SAFETY: all bit patterns are valid, zero too, and there is no padding.
-unsafe impl bytemuck::Zeroable for Line {}
-// SAFETY: as above.
-unsafe impl Pod for Line {}
-
-/// Zeroed memory of `len` elements on a cache line boundary. Pages of a large one are not touched until they are used.
+/// Zeroed memory of `len` elements on a page boundary. Pages are not touched until they are used: that is why it is a map of its own and not
+/// the allocator's, which clears whatever it aligns.
 pub(super) struct Aligned<T> {
-    lines: Vec<Line>,
+    map: Option<MmapMut>,
     len: usize,
     _element: std::marker::PhantomData<T>,
 }
 
 impl<T: Pod> Aligned<T> {
     pub(super) const fn empty() -> Self {
-        Self { lines: Vec::new(), len: 0, _element: std::marker::PhantomData }
+        Self { map: None, len: 0, _element: std::marker::PhantomData }
     }
 
     /// `what` names the memory if there is not enough.
     pub(super) fn zeroed(len: usize, what: &'static str) -> Result<Self, BackendError> {
+        if len == 0 {
+            return Ok(Self::empty());
+        }
         let bytes = len.saturating_mul(size_of::<T>());
-        let lines = bytemuck::try_zeroed_vec(bytes.div_ceil(size_of::<Line>()))
-            .map_err(|()| BackendError::OutOfMemory { device: "host", what, bytes })?;
-        Ok(Self { lines, len, _element: std::marker::PhantomData })
+        let map = MmapMut::map_anon(bytes).map_err(|_| BackendError::OutOfMemory { device: "host", what, bytes })?;
+        Ok(Self { map: Some(map), len, _element: std::marker::PhantomData })
     }
 
     /// Makes room for `len` elements and returns them, with unspecified contents.
     pub(super) fn at_least(&mut self, len: usize) -> &mut [T] {
         if len > self.len {
-            self.lines = bytemuck::zeroed_vec((len * size_of::<T>()).div_ceil(size_of::<Line>()));
-            self.len = len;
+            *self = Self::zeroed(len, "scratch memory").unwrap_or_else(|error| panic!("{error}"));
         }
         &mut self.as_mut_slice()[..len]
     }
 
     pub(super) fn as_slice(&self) -> &[T] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        bytemuck::cast_slice(self.as_ref())
     }
 
     pub(super) fn as_mut_slice(&mut self) -> &mut [T] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        self.map.as_mut().map_or(&mut [], |map| bytemuck::cast_slice_mut(&mut map[..self.len * size_of::<T>()]))
     }
 }
 
 impl<T> AsRef<[u8]> for Aligned<T> {
     fn as_ref(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.lines)
+        self.map.as_ref().map_or(&[], |map| &map[..self.len * size_of::<T>()])
     }
 }
 
