@@ -1,3 +1,4 @@
 //! End-to-end tests on the real binary.
 
+mod batch;
 mod serve;
