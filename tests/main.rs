@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod batch;
 mod cli;
 mod local;
 mod serve;

@@ -194,9 +194,9 @@ async fn batches() {
     ];
     let both = server.generate(json!({"sentences": [short, long], "tokens_to_generate": 4})).await;
     let length = alone[1].ids(0).len();
-    for row in 0..2 {
+    for (row, alone) in alone.iter().enumerate() {
         assert_eq!(both.ids(row).len(), length, "rows may grow to the longest prompt and four tokens");
-        assert_eq!(both.ids(row)[..alone[row].ids(0).len()], alone[row].ids(0));
+        assert_eq!(both.ids(row)[..alone.ids(0).len()], alone.ids(0));
     }
     assert!(both.sentence(0).starts_with(short) && both.sentence(1).starts_with(long));
 

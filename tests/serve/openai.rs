@@ -160,4 +160,20 @@ async fn biases_and_penalties_reach_the_sampler() {
     let unbiased = server.complete(COMPLETIONS, body(json!({}))).await;
     let biased = server.complete(COMPLETIONS, body(json!({first: -100}))).await;
     assert_ne!(unbiased["choices"][0]["text"], biased["choices"][0]["text"]);
+    // The end-of-sequence symbol ends the row, counts as a token, and has no text.
+    let ended = server.complete(COMPLETIONS, body(json!({"3": 100}))).await;
+    assert_eq!((&ended["choices"][0]["text"], &ended["choices"][0]["finish_reason"]), (&json!(""), &json!("stop")));
+    assert_eq!(ended["usage"]["completion_tokens"], 1);
+}
+
+#[tokio::test]
+async fn a_stream_that_nobody_reads_any_more_is_cancelled() {
+    let server = Server::start();
+    let body = json!({"prompt": PROMPT, "max_tokens": 900, "stream": true, "logit_bias": {"3": -100, "5": -100}});
+    let mut response = server.request(Method::POST, COMPLETIONS).json(&body).send().await.expect("an answer");
+    assert!(response.chunk().await.expect("a stream").is_some());
+    drop(response);
+    server.wait_for_metric("nemotron_rows_running 0").await;
+    let (_, metrics) = server.get("/metrics").await;
+    assert!(metrics.lines().any(|line| line == "nemotron_row_seconds_count 0"), "it ran to its end");
 }

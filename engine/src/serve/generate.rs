@@ -57,37 +57,18 @@ async fn put(server: Arc<Server>, body: Bytes) -> Response {
         Ok(Err(refusal)) => return refuse(refusal, server.strict),
         Err(error) => return internal_error(&error),
     };
-    let rows: Result<Vec<_>, _> = batch
-        .prompts
-        .into_iter()
-        .map(|prompt| {
-            let generated = Generated {
-                text: prompt.text,
-                prompt_len: prompt.request.prompt.len(),
-                ids: prompt.request.prompt.clone(),
-                logprobs: Vec::new(),
-                full_logprobs: Vec::new(),
-            };
-            Ok((TrackedRow::submit(&server.engine, &server.metrics, prompt.request)?, generated))
-        })
-        .collect();
-    let rows = match rows {
-        Ok(rows) => future::try_join_all(rows.into_iter().map(|(row, generated)| collect(row, generated))).await,
-        Err(error) => Err(error),
-    };
-    let rows = match rows {
+    let rows = match run(&server, batch.prompts).await {
         Ok(rows) => rows,
         Err(RowError::ShuttingDown) => return message(StatusCode::SERVICE_UNAVAILABLE, "the server is shutting down"),
         Err(error @ (RowError::EngineFailed(_) | RowError::NotFinite)) => return internal_error(&error),
         Err(error) => return refuse(Refusal::Invalid(error.to_string().into()), server.strict),
     };
-    let info = server.engine.info();
     let reply = Reply {
         rows,
         filler: batch.eos.unwrap_or(0),
         compute_logprob: batch.logprobs.tokens,
         all_probs: batch.logprobs.full,
-        vocab_size: info.vocab_size,
+        vocab_size: server.engine.info().vocab_size,
     };
     let chunks = reply.into_chunks(server.tokenizer.clone()).map(Ok::<_, std::convert::Infallible>);
     let headers = [(header::CONTENT_TYPE, "application/json")];
@@ -248,6 +229,22 @@ fn sampling(params: &Params, vocab_size: usize, seed: u64, sample: u32) -> Sampl
         sample,
         ..Sampling::default()
     }
+}
+
+/// Generates all rows; the first failure cancels the others.
+async fn run(server: &Server, prompts: Vec<BatchPrompt>) -> Result<Vec<Generated>, RowError> {
+    let mut rows = Vec::with_capacity(prompts.len());
+    for BatchPrompt { text, request } in prompts {
+        let generated = Generated {
+            text,
+            prompt_len: request.prompt.len(),
+            ids: request.prompt.clone(),
+            logprobs: Vec::new(),
+            full_logprobs: Vec::new(),
+        };
+        rows.push(collect(TrackedRow::submit(&server.engine, &server.metrics, request)?, generated));
+    }
+    future::try_join_all(rows).await
 }
 
 /// Waits for a row.
