@@ -71,6 +71,7 @@ mod tests {
 
     use std::io::Read as _;
     use std::net::{Ipv4Addr, TcpStream};
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -94,6 +95,11 @@ mod tests {
         drop((listener.accept().unwrap(), listener));
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
         drop(client);
-        Port::bind(address).unwrap().listen().unwrap();
+        // A process that another test is just starting may hold copies of the sockets for a moment.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while Port::bind(address).and_then(Port::listen).is_err() {
+            assert!(Instant::now() < deadline, "the port is still taken");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }

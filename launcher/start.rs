@@ -13,7 +13,7 @@ use crate::report::{Exit, Failure, Outcome, print_json, print_line};
 use crate::resolve::Resolved;
 use crate::rundir::RunDir;
 use crate::state::{Endpoint, Status};
-use crate::supervise::{span, supervise};
+use crate::supervise::{narrate, span, supervise};
 
 /// Variable that tells a supervisor to leave the session of the terminal that started it.
 pub(crate) const DETACHED: &str = "NEMOTRON_DETACHED";
@@ -47,10 +47,9 @@ pub(crate) fn foreground(mut resolved: Resolved, output: Output) -> Outcome {
             Output::Name => Ok(true),
             Output::Json => print_json(&launched(&announced, Some(endpoint))),
         };
-        match &endpoint.token_file {
-            Some(token_file) => eprintln!("run {}, token in {}", announced.name(), token_file.display()),
-            None => eprintln!("run {}, no token needed", announced.name()),
-        }
+        let token = endpoint.token_file.as_ref();
+        let token = token.map_or_else(|| "no token needed".into(), |file| format!("token in {}", file.display()));
+        narrate(&format!("run {}, {token}", announced.name()));
     };
     let status = supervise(&run_dir, 0, Box::new(on_ready))?;
     if let (Some(progress), Some(job)) = (status.job, &resolved.job) {
@@ -66,7 +65,7 @@ pub(crate) fn foreground(mut resolved: Resolved, output: Output) -> Outcome {
             }))?;
         }
         let seconds = status.since.duration_since(status.started).as_secs_f64();
-        eprintln!(
+        narrate(&format!(
             "{} rows ({} failed) in {}: {} tokens, {:.1} tokens/s\n{}",
             progress.rows_done,
             progress.rows_failed,
@@ -74,7 +73,7 @@ pub(crate) fn foreground(mut resolved: Resolved, output: Output) -> Outcome {
             progress.completion_tokens,
             status.tokens_per_second,
             output_file.display()
-        );
+        ));
     }
     Ok(())
 }

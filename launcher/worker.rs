@@ -27,6 +27,7 @@ use crate::cli::WorkerArgs;
 use crate::env::{self, Environment};
 use crate::job_file::load_job;
 use crate::local::SUPERVISOR_PID;
+use crate::model;
 use crate::port::Port;
 use crate::process::ProcessId;
 use crate::rendezvous::{Down, Hello, Identity, Link, Messages, RankEnd, Up, connect, local_ip, run_key};
@@ -211,7 +212,10 @@ impl Lifeline {
 fn forward_signals(signals: SigSet, post: Arc<Post>) -> std::io::Result<()> {
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         while let Ok(signal) = signals.wait() {
-            post.say(Up::Signalled { interrupt: signal == Signal::SIGINT });
+            // The end of a terminal concerns the supervisor alone.
+            if signal != Signal::SIGHUP {
+                post.say(Up::Signalled { interrupt: signal == Signal::SIGINT });
+            }
         }
     })?;
     Ok(())
@@ -279,10 +283,10 @@ impl Member<'_> {
                     (false, None) => Some(self.run_dir.token()?),
                 };
                 let folder = match &self.spec.model {
-                    ModelSource::Path(path) => Some(path.as_path()),
+                    ModelSource::Path(path) => Some(model::directory(path)),
                     ModelSource::Builtin => None,
                 };
-                let chat = ChatTemplate::for_checkpoint(folder);
+                let chat = ChatTemplate::for_checkpoint(folder.as_deref());
                 let chat = chat.map_err(|error| Failure::new(Exit::Checkpoint, error))?;
                 Ok(Errand::Serve { port: Port::bind((host, port).into())?, token, strict, chat })
             }

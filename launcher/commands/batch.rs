@@ -9,7 +9,7 @@ use crate::host::Host;
 use crate::report::Outcome;
 use crate::resolve;
 use crate::start::{Output, foreground};
-use crate::supervise::block_signals;
+use crate::supervise::{block_signals, narrate};
 
 use super::launch::dry_run;
 
@@ -22,10 +22,10 @@ pub(crate) fn run(args: &BatchArgs) -> Outcome {
             let model = checkpoint::open(&resolved.spec.model)?;
             let measure =
                 Job::load(&job.file, folder, args.limit, &model.tokenizer()?)?.measure(model.config().max_context);
-            eprintln!(
+            narrate(&format!(
                 "{} rows, {} prompt tokens, at most {} new tokens; {} rows do not fit the context",
                 measure.rows, measure.prompt_tokens, measure.max_new_tokens, measure.rejected
-            );
+            ));
         }
         return dry_run(&resolved, false);
     }

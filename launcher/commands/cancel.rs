@@ -7,6 +7,7 @@ use crate::process::ProcessId;
 use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::{RunDir, find_run};
 use crate::state::Status;
+use crate::supervise::narrate;
 
 /// What a supervisor needs beyond the time for draining.
 const MARGIN: Duration = Duration::from_secs(10);
@@ -45,7 +46,7 @@ fn cancel(run_dir: &RunDir, now: bool) -> Outcome {
         _ => {}
     }
     let phase = Status::of(run_dir)?.phase;
-    eprintln!("run {name} {} {phase}; nothing of it is left", if ended_before { "was already" } else { "is" });
+    narrate(&format!("run {name} {} {phase}; nothing of it is left", if ended_before { "was already" } else { "is" }));
     Ok(())
 }
 

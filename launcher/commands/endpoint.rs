@@ -2,6 +2,7 @@ use crate::cli::EndpointArgs;
 use crate::report::{Exit, Failure, Outcome, print_json, print_line};
 use crate::rundir::find_run;
 use crate::state::{Endpoint, Status};
+use crate::supervise::narrate;
 
 pub(crate) fn run(args: &EndpointArgs) -> Outcome {
     let run_dir = find_run(&args.run)?;
@@ -15,7 +16,7 @@ pub(crate) fn run(args: &EndpointArgs) -> Outcome {
     } else {
         print_line(&endpoint.url)?;
         if let Some(token_file) = &endpoint.token_file {
-            eprintln!("token in {}", token_file.display());
+            narrate(&format!("token in {}", token_file.display()));
         }
     }
     Ok(())

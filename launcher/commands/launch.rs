@@ -5,7 +5,7 @@ use crate::report::{Outcome, print_json, print_line};
 use crate::resolve::{self, Resolved};
 use crate::start::{Output, detached, foreground, launched};
 use crate::state::Endpoint;
-use crate::supervise::block_signals;
+use crate::supervise::{block_signals, narrate};
 
 use super::wait::wait_for;
 
@@ -36,7 +36,7 @@ pub(crate) fn run(args: &LaunchArgs) -> Outcome {
         print_json(&launched(&run_dir, endpoint.as_ref()))?;
     }
     if !args.parsable {
-        eprintln!("run {0} in {1}\nnext: nemotron status {0}", run_dir.name(), run_dir.path().display());
+        narrate(&format!("run {0} in {1}\nnext: nemotron status {0}", run_dir.name(), run_dir.path().display()));
     }
     waited
 }

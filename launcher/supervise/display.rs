@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
+use tracing::level_filters::LevelFilter;
 
 use crate::state::{RunPhase, Status};
 
@@ -75,6 +76,18 @@ impl Display {
         if let Mode::Bar(bar) = &self.mode {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// Whether `-q` was given.
+pub(super) fn is_quiet() -> bool {
+    LevelFilter::current() < LevelFilter::WARN
+}
+
+/// Tells whoever looks at stderr, unless they do not want to hear.
+pub(crate) fn narrate(text: &str) {
+    if !is_quiet() {
+        print(text);
     }
 }
 

@@ -20,9 +20,9 @@ use jiff::{SignedDuration, Timestamp};
 use nemotron_engine::engine::EngineStats;
 use nemotron_engine::report::Phase;
 use nix::sys::signal::{SigSet, Signal};
-use tracing::level_filters::LevelFilter;
 
-pub(crate) use self::display::{Display, line, span};
+use self::display::{Display, is_quiet};
+pub(crate) use self::display::{line, narrate, span};
 use self::member::{Death, Member};
 use self::rate::Rate;
 use self::verdict::{Fault, Verdict, cause};
@@ -57,14 +57,17 @@ pub(crate) type OnReady = Box<dyn FnOnce(&Endpoint)>;
 pub(crate) fn supervise(run_dir: &RunDir, attempt: u32, on_ready: OnReady) -> Outcome<Status> {
     let (sender, inputs) = channel();
     forward_signals(sender.clone())?;
-    let quiet = LevelFilter::current() < LevelFilter::WARN;
-    let (ranks, display) = (LocalRanks::new(run_dir), Display::stderr(quiet));
+    let (ranks, display) = (LocalRanks::new(run_dir), Display::stderr(is_quiet()));
     Supervisor::new(run_dir, attempt, ranks, sender, inputs, display, on_ready)?.run()
 }
 
-/// The signals that ask a run to end.
+/// The signals that ask a run to end. Whoever started us with `nohup` does not mean SIGHUP.
 fn signals() -> SigSet {
-    [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect()
+    let mut signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT].into_iter().collect();
+    if !is_ignored(Signal::SIGHUP) {
+        signals.add(Signal::SIGHUP);
+    }
+    signals
 }
 
 /// Keeps signals waiting for [`supervise`]. Threads inherit it, so it comes before anything that may start one.
@@ -206,15 +209,15 @@ impl<'a> Supervisor<'a> {
         self.start_ranks();
         while !self.is_over() {
             let waited = Instant::now();
-            if let Ok(input) = self.inputs.recv_timeout(TICK) {
-                self.take(input);
-            }
-            while let Ok(input) = self.inputs.try_recv() {
-                self.take(input);
+            let mut input = self.inputs.recv_timeout(TICK).ok();
+            while let Some(heard) = input {
+                self.take(heard);
+                // After each message, so that no phase passes unseen.
+                self.follow_phases();
+                input = self.inputs.try_recv().ok();
             }
             self.reap();
             self.forgive_pause(waited);
-            self.follow_phases();
             self.follow_clock(Instant::now());
             self.publish();
         }
@@ -304,6 +307,8 @@ impl<'a> Supervisor<'a> {
                 self.leads = true;
                 self.status.url = url;
             }
+            // A scheduler signals all ranks at once; only the first counts, and none as the impatient second signal.
+            Up::Signalled { .. } if !matches!(self.course, Course::Running) => {}
             Up::Signalled { interrupt } => {
                 self.signalled(if interrupt { Signal::SIGINT } else { Signal::SIGTERM });
             }
@@ -663,4 +668,12 @@ fn deadline(since: Timestamp, limit: Duration) -> Option<Timestamp> {
 /// What a run ends with that was asked to end by a signal.
 fn exit_of(signal: Signal) -> Exit {
     if signal == Signal::SIGINT { Exit::Interrupted } else { Exit::Terminated }
+}
+
+/// Whether this process was started with the signal ignored.
+fn is_ignored(signal: Signal) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (signal as i32 - 1) & 1 == 1
 }
