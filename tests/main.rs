@@ -4,6 +4,7 @@
 
 mod batch;
 mod cli;
+mod docs;
 mod local;
 mod serve;
 mod support;
