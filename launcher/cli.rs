@@ -67,6 +67,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Work through a job file in the foreground on this host
     Batch(BatchArgs),
+    /// Measure the engine alone on this host: prefill and decode, beside what the machine can do at most
+    Bench(BenchArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
     /// Print the version and what this build can do
@@ -388,6 +390,31 @@ pub struct BatchArgs {
     /// Check the job file, the input and the plan, then stop
     #[arg(long)]
     pub dry_run: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct BenchArgs {
+    /// Directory of a checkpoint, or `builtin`
+    #[arg(default_value = "builtin")]
+    pub model: String,
+    /// Threads that compute [default: all cores]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<std::num::NonZeroUsize>,
+    /// Precision: bf16 operands with f32 sums, or all f32
+    #[arg(long, value_name = "DTYPE", default_value = "bf16", value_parser = PossibleValuesParser::new(["bf16", "f32"]))]
+    pub dtype: String,
+    /// Length of a prompt whose prefill is measured; repeatable
+    #[arg(long = "prompt-tokens", value_name = "N", default_values_t = [128, 512, 2048], value_parser = clap::value_parser!(u32).range(1..))]
+    pub prompt_tokens: Vec<u32>,
+    /// Steps of decoding that are measured
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub new_tokens: u32,
+    /// Rows that decode at the same time; repeatable
+    #[arg(long = "batch", value_name = "N", default_values_t = [1, 4, 16, 64], value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub batches: Vec<u32>,
+    /// Print one JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Clone, Debug, Args)]

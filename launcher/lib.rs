@@ -78,6 +78,7 @@ fn run(command: Command) -> Outcome {
         Command::Generate(args) => commands::generate::run(&args),
         Command::Serve(args) => commands::serve::run(&args),
         Command::Batch(args) => commands::batch::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
         Command::Completions(args) => commands::completions::run(&args),
         Command::Version(args) => commands::version::run(&args),
         Command::Supervise(args) => commands::supervise::run(&args),

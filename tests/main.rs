@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod batch;
+mod bench;
 mod cli;
 mod docs;
 mod local;

@@ -1,6 +1,7 @@
 //! One file a command. Each reads as a table of contents: resolve, act, print.
 
 pub(crate) mod batch;
+pub(crate) mod bench;
 pub(crate) mod cancel;
 pub(crate) mod completions;
 pub(crate) mod endpoint;

@@ -5,6 +5,7 @@
 
 #[expect(clippy::needless_range_loop, reason = "indices of a tile name elements of several arrays at once")]
 mod attention;
+mod ceiling;
 mod elementwise;
 #[expect(clippy::needless_range_loop, reason = "indices of a tile name elements of several arrays at once")]
 mod gemm;
@@ -61,6 +62,11 @@ impl CpuBackend {
     /// Fails if there is no thread to run on.
     pub fn new(threads: usize, compute: ComputeType) -> Result<Self, BackendError> {
         Self::with_isa(threads, compute, Isa::available()[0])
+    }
+
+    /// Threads that compute, the caller's among them.
+    fn threads(&self) -> usize {
+        self.pool.threads()
     }
 
     fn with_isa(threads: usize, compute: ComputeType, isa: Isa) -> Result<Self, BackendError> {

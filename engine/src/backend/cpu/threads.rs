@@ -74,6 +74,11 @@ impl Pool {
         Ok(pool)
     }
 
+    /// The workers and their caller.
+    pub(super) fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
     /// Calls `task(i)` once for every i < `num_tasks`, on all threads if `work` (multiply-adds or elements moved, in all) is worth it.
     /// A panic of a task is raised here after all threads have left.
     pub(super) fn run(&self, num_tasks: usize, work: usize, task: &(dyn Fn(usize) + Sync)) {
