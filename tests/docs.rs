@@ -48,7 +48,8 @@ fn the_commands_of_the_readme_work() {
             continue;
         }
         let command = command.replace("cargo run --release -- ", "nemotron ");
-        let script = format!("nemotron() {{ \"$NEMOTRON\" \"$@\"; }}; {command}");
+        // `exec` makes the shell the command itself, so that ending it ends the command.
+        let script = format!("nemotron() {{ exec \"$NEMOTRON\" \"$@\"; }}; {command}");
         let mut shell = Command::new("bash");
         let world = nemotron(home.path());
         shell.args(["-c", &script]).current_dir(home.path()).env("NEMOTRON", &binary);
