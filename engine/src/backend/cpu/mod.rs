@@ -267,7 +267,7 @@ impl Backend for CpuBackend {
         match (&kv.keys, &kv.values) {
             (Elements::Bf16(keys), Elements::Bf16(values)) => {
                 let cache = Cache { keys: keys.as_slice(), values: values.as_slice(), page_tokens };
-                self.attend::<Bf16>(batch, shape, qkv, cache, out);
+                self.attend::<F32<u16>>(batch, shape, qkv, cache, out);
             }
             (Elements::F32(keys), Elements::F32(values)) => {
                 let cache = Cache { keys: keys.as_slice(), values: values.as_slice(), page_tokens };
