@@ -228,6 +228,9 @@ struct Member<'a> {
     post: &'a Arc<Post>,
 }
 
+/// How long a failed engine's server may take to tell its clients.
+const FAREWELL: Duration = Duration::from_millis(500);
+
 /// What rank 0 needs for its task; made before anything is loaded, so that mistakes show at once.
 enum Errand {
     Serve { port: Port, token: Option<String>, strict: bool, chat: ChatTemplate },
@@ -308,11 +311,19 @@ impl Member<'_> {
             // The sender lives as long as the process.
             _ = drain.wait_for(|&drain| drain).await;
         };
+        let failed = async {
+            let error = engine.failed().await;
+            tokio::time::sleep(FAREWELL).await;
+            error
+        };
         let outcome = runtime.block_on(async {
             tokio::select! {
                 biased;
-                error = engine.failed() => Err(EngineError::Running(error).into()),
-                outcome = self.run_errand(engine, errand, asked_to_drain) => outcome,
+                error = failed => Err(EngineError::Running(error).into()),
+                outcome = self.run_errand(engine, errand, asked_to_drain) => match engine.failure() {
+                    Some(error) => Err(EngineError::Running(error).into()),
+                    None => outcome,
+                },
             }
         });
         // Connections that idle clients hold open must not hold up the end.
@@ -332,8 +343,14 @@ impl Member<'_> {
                 let url = url_of(listener.local_addr().context("cannot listen")?);
                 self.post.say(Up::Ready { url: Some(url) });
                 let options = ServeOptions { listener, token, strict, chat };
-                let tokenizer = engine.info().tokenizer.clone();
-                let served = serve::run(engine.clone(), tokenizer, options, asked_to_drain).await;
+                let (tokenizer, failing) = (engine.info().tokenizer.clone(), engine.clone());
+                let over = async move {
+                    tokio::select! {
+                        () = asked_to_drain => {}
+                        _ = failing.failed() => {}
+                    }
+                };
+                let served = serve::run(engine.clone(), tokenizer, options, over).await;
                 Ok(served.context("the server failed")?)
             }
             Errand::Job { job, tokenizer } => {

@@ -5,7 +5,7 @@ use crate::request::{StopMatch, Stopping};
 use crate::tokenizer::Tokenizer;
 
 /// NeMo's name for the end-of-sequence id, whatever the tokenizer calls it. It is never matched as text.
-const EOS_ALIAS: &str = "<|endoftext|>";
+pub(crate) const EOS_ALIAS: &str = "<|endoftext|>";
 
 /// The id that ends a row whatever its end strings are, and fills finished rows: the tokenizer's own. A checkpoint may list end-of-turn
 /// symbols among its end ids as well; NeMo does not know them.

@@ -5,9 +5,10 @@ use std::collections::VecDeque;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
-use tokio::sync::watch;
+use tokio::sync::mpsc::{Receiver, channel};
+use tokio::sync::{Semaphore, watch};
 
 use crate::backend::Backend;
 use crate::collective::Collective;
@@ -29,6 +30,8 @@ pub(crate) const FRAME_PLAN: u8 = 1;
 pub(crate) const FRAME_RESULT: u8 = 2;
 /// The run is over.
 pub(crate) const FRAME_END: u8 = 3;
+/// How long the engine looks away when no row can go on before its client has read.
+const STALL_PAUSE: Duration = Duration::from_millis(2);
 /// No message between ranks is longer.
 pub(crate) const FRAME_MAX: usize = 1 << 30;
 
@@ -42,7 +45,7 @@ pub struct Engine {
 /// A submitted row. Dropping it cancels the row and frees its KV pages.
 pub struct Row {
     pub id: u64,
-    pub events: UnboundedReceiver<Event>,
+    pub events: Receiver<Event>,
 }
 
 /// What does not change while the engine runs.
@@ -86,7 +89,6 @@ struct Shared {
 
 #[derive(Default)]
 struct Gauges {
-    waiting: AtomicUsize,
     running: AtomicUsize,
     pages_used: AtomicUsize,
     pages_total: AtomicUsize,
@@ -97,20 +99,33 @@ struct Gauges {
 }
 
 impl Engine {
-    /// Queues a row.
+    /// Queues a row of group 0.
+    ///
+    /// # Errors
+    /// As those of [`Self::submit_in`].
+    pub fn submit(&self, request: Request) -> Result<Row, RowError> {
+        self.submit_in(0, request)
+    }
+
+    /// A number for [`Self::submit_in`] that nobody else has.
+    pub fn new_group(&self) -> u64 {
+        self.shared.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Queues a row of a group. Waiting groups take turns, so that one of many rows does not hold up the others.
     ///
     /// # Errors
     /// The row can never be generated (empty prompt, too long, unknown id), or the engine has stopped.
-    pub fn submit(&self, request: Request) -> Result<Row, RowError> {
+    pub fn submit_in(&self, group: u64, request: Request) -> Result<Row, RowError> {
         let shared = &self.shared;
         shared.info.check(&request)?;
         if shared.draining.load(Ordering::Acquire) {
             return Err(RowError::ShuttingDown);
         }
         let id = shared.next_id.fetch_add(1, Ordering::Relaxed);
-        let (sender, events) = unbounded_channel();
+        let (sender, events) = channel(Semaphore::MAX_PERMITS);
         shared.active.send_modify(|active| *active += 1);
-        if self.commands.send(Sequence::new(id, request, sender)).is_err() {
+        if self.commands.send(Sequence::new(id, group, request, sender)).is_err() {
             shared.active.send_modify(|active| *active -= 1);
             let reason = shared.failed.borrow().as_ref().map_or_else(|| "it has stopped".into(), ToString::to_string);
             return Err(RowError::EngineFailed(reason));
@@ -125,9 +140,11 @@ impl Engine {
     /// A snapshot of counters and gauges.
     pub fn stats(&self) -> EngineStats {
         let gauges = &self.shared.gauges;
+        let running = gauges.running.load(Ordering::Relaxed);
         EngineStats {
-            waiting: gauges.waiting.load(Ordering::Relaxed),
-            running: gauges.running.load(Ordering::Relaxed),
+            // Rows that the engine's thread has not seen yet wait too.
+            waiting: self.shared.active.borrow().saturating_sub(running),
+            running,
             prompt_tokens: gauges.prompt_tokens.load(Ordering::Relaxed),
             generated_tokens: gauges.generated_tokens.load(Ordering::Relaxed),
             finished_rows: gauges.finished_rows.load(Ordering::Relaxed),
@@ -215,7 +232,7 @@ pub(crate) fn start_leader<B: Backend + 'static, C: Collective<B> + 'static>(
     let gauges = Gauges { pages_total: AtomicUsize::new(limits.num_pages), ..Gauges::default() };
     let shared = Arc::new(Shared {
         info,
-        next_id: AtomicU64::new(0),
+        next_id: AtomicU64::new(1),
         draining: AtomicBool::new(false),
         active: watch::Sender::new(0),
         failed: watch::Sender::new(None),
@@ -258,7 +275,7 @@ impl<B: Backend, C: Collective<B>> Leader<B, C> {
     /// Until all handles are dropped and nothing is left to do.
     fn run_steps(&mut self) -> Result<(), EngineError> {
         let num_micro_batches = self.shared.info.mesh.pp;
-        let mut micro_batch = 0;
+        let (mut micro_batch, mut stalled) = (0, 0);
         loop {
             if !self.take_commands() {
                 return self.end_followers();
@@ -270,8 +287,14 @@ impl<B: Backend, C: Collective<B>> Leader<B, C> {
             self.end_rows(cancelled);
             if !self.plan.is_empty() {
                 self.execute(micro_batch)?;
+                stalled = 0;
             } else if !self.in_flight.is_empty() {
                 self.receive()?;
+            } else if stalled < num_micro_batches {
+                stalled += 1;
+            } else {
+                // Every row waits for a client that reads slowly.
+                std::thread::sleep(STALL_PAUSE);
             }
             self.publish();
             micro_batch = (micro_batch + 1) % num_micro_batches;
@@ -351,7 +374,6 @@ impl<B: Backend, C: Collective<B>> Leader<B, C> {
 
     fn publish(&self) {
         let gauges = &self.shared.gauges;
-        gauges.waiting.store(self.scheduler.num_waiting(), Ordering::Relaxed);
         gauges.running.store(self.scheduler.num_running(), Ordering::Relaxed);
         gauges.pages_used.store(self.scheduler.pages_used(), Ordering::Relaxed);
     }

@@ -1,5 +1,6 @@
 //! Who runs next. Continuous batching: every step takes one token of each running row first, then fills what is left of the
-//! token budget with chunks of prompts, then admits waiting rows in the order they came.
+//! token budget with chunks of prompts, then admits waiting rows: of each group the next in turn, so that a request of many rows does not keep
+//! a request of one waiting, and within a group in the order they came.
 //!
 //! Rows are bound to one of `pp` micro-batches for life; while a micro-batch is in flight the next one is planned, so all stages have work.
 //! A row is admitted when pages for every position that it can reach are free, so that a running row never has to stop for memory.
@@ -22,7 +23,8 @@ pub struct Scheduler {
     vocab_size: usize,
     tokenizer: Tokenizer,
     pool: PagePool,
-    waiting: VecDeque<Sequence>,
+    /// Rows of one group each, never empty; the front group is next.
+    waiting: VecDeque<VecDeque<Sequence>>,
     /// Indexed by slot.
     running: Vec<Option<Sequence>>,
     free_slots: Vec<Slot>,
@@ -48,11 +50,15 @@ impl Scheduler {
     }
 
     pub fn add(&mut self, sequence: Sequence) {
-        self.waiting.push_back(sequence);
+        // A group's rows come one after the other, so its queue is most often the last.
+        match self.waiting.iter_mut().rev().find(|group| group.front().is_some_and(|first| first.group == sequence.group)) {
+            Some(group) => group.push_back(sequence),
+            None => self.waiting.push_back(VecDeque::from([sequence])),
+        }
     }
 
     pub fn num_waiting(&self) -> usize {
-        self.waiting.len()
+        self.waiting.iter().map(VecDeque::len).sum()
     }
 
     pub fn num_running(&self) -> usize {
@@ -78,6 +84,7 @@ impl Scheduler {
                 let slot = self.micro_batches[micro_batch][index];
                 if let Some(sequence) = &mut self.running[slot as usize]
                     && sequence.is_prefilled() != prompts
+                    && !sequence.is_backlogged()
                 {
                     budget -= schedule(sequence, budget, self.vocab_size, plan);
                 }
@@ -91,14 +98,19 @@ impl Scheduler {
     }
 
     fn admit(&mut self, micro_batch: usize, mut budget: usize, plan: &mut StepPlan) {
-        let total = self.num_running() + self.waiting.len();
+        let total = self.num_running() + self.num_waiting();
         let share = total.div_ceil(self.micro_batches.len());
         while budget > 0
             && self.micro_batches[micro_batch].len() < share
-            && self.waiting.front().is_some_and(|sequence| self.pool.can_allocate(sequence.max_len()))
+            && let Some(first) = self.waiting.front().and_then(VecDeque::front)
+            && self.pool.can_allocate(first.max_len())
             && let Some(slot) = self.free_slots.pop()
         {
-            let mut sequence = self.waiting.pop_front().expect("the front was looked at");
+            let mut group = self.waiting.pop_front().expect("the front was looked at");
+            let mut sequence = group.pop_front().expect("its front was looked at");
+            if !group.is_empty() {
+                self.waiting.push_back(group);
+            }
             sequence.slot = slot;
             self.pool.allocate(sequence.max_len(), &mut sequence.pages);
             sequence.prepare_stops(&self.tokenizer);
@@ -136,7 +148,7 @@ impl Scheduler {
 
     /// Ends every row with an error; returns how many there were.
     pub fn fail_all(&mut self, error: &RowError) -> usize {
-        let waiting = self.waiting.drain(..);
+        let waiting = self.waiting.drain(..).flatten();
         let sequences: Vec<Sequence> = waiting.chain(self.running.iter_mut().filter_map(Option::take)).collect();
         for sequence in &sequences {
             sequence.emit(Event::Failed(error.clone()));
@@ -145,9 +157,12 @@ impl Scheduler {
     }
 
     fn drop_cancelled(&mut self, micro_batch: usize) -> usize {
-        let before = self.waiting.len();
-        self.waiting.retain(|sequence| !sequence.is_cancelled());
-        let mut dropped = before - self.waiting.len();
+        let before = self.num_waiting();
+        self.waiting.retain_mut(|group| {
+            group.retain(|sequence| !sequence.is_cancelled());
+            !group.is_empty()
+        });
+        let mut dropped = before - self.num_waiting();
         let mut index = 0;
         while let Some(slot) = self.micro_batches[micro_batch].get(index).copied() {
             if self.running[slot as usize].as_ref().is_some_and(Sequence::is_cancelled) {
@@ -222,7 +237,8 @@ mod tests {
     use std::collections::HashMap;
 
     use proptest::prelude::*;
-    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+    use tokio::sync::Semaphore;
+    use tokio::sync::mpsc::{Receiver, channel};
 
     use super::*;
     use crate::request::{LogprobSpec, Request, Sampling, Stopping};
@@ -234,15 +250,15 @@ mod tests {
         Scheduler::new(LIMITS, num_micro_batches, 1024, Tokenizer::from_sentencepiece(model).unwrap())
     }
 
-    fn row(id: u64, prompt: usize, new: u32) -> (Sequence, UnboundedReceiver<Event>) {
+    fn row(group: u64, prompt: usize, new: u32) -> (Sequence, Receiver<Event>) {
         let request = Request {
             prompt: vec![7; prompt],
             sampling: Sampling::default(),
             stopping: Stopping { max_new_tokens: new, ..Stopping::default() },
             logprobs: LogprobSpec::default(),
         };
-        let (sender, receiver) = unbounded_channel();
-        (Sequence::new(id, request, sender), receiver)
+        let (sender, receiver) = channel(Semaphore::MAX_PERMITS);
+        (Sequence::new(0, group, request, sender), receiver)
     }
 
     /// What the sampling rank would answer, given how long each slot's prompt is.
@@ -260,8 +276,8 @@ mod tests {
         fn every_row_gets_exactly_its_tokens(rows in prop::collection::vec((1_usize..60, 1_u32..40, any::<bool>()), 1..30), pp in 1_usize..4) {
             let mut scheduler = scheduler(pp);
             let mut waiting = Vec::new();
-            for (id, (prompt, new, cancel)) in rows.into_iter().enumerate() {
-                let (sequence, receiver) = row(id as u64, prompt, new);
+            for (index, (prompt, new, cancel)) in rows.into_iter().enumerate() {
+                let (sequence, receiver) = row(index as u64 / 3, prompt, new);
                 scheduler.add(sequence);
                 waiting.push((new, (!cancel).then_some(receiver)));
             }
@@ -331,5 +347,37 @@ mod tests {
         }
         scheduler.plan(0, &mut plan);
         assert_eq!((scheduler.num_running(), scheduler.num_waiting()), (1, 2));
+    }
+
+    #[test]
+    fn a_request_of_one_row_does_not_wait_for_all_rows_of_another() {
+        let mut scheduler = scheduler(1);
+        let (mut plan, mut receivers) = (StepPlan::default(), Vec::new());
+        for (group, prompt) in [(0, 14), (0, 14), (0, 14), (1, 2)] {
+            let (sequence, receiver) = row(group, prompt, 4);
+            scheduler.add(sequence);
+            receivers.push(receiver);
+        }
+        scheduler.plan(0, &mut plan);
+        let admitted: Vec<u32> = plan.admitted.iter().map(|admission| admission.prompt_len).collect();
+        assert_eq!(admitted, [14, 2], "the step has room for 16 tokens");
+    }
+
+    #[test]
+    fn a_row_waits_for_a_client_that_does_not_take_its_distributions() {
+        let mut scheduler = scheduler(1);
+        let (mut sequence, mut receiver) = row(0, 3, 20);
+        sequence.request.logprobs.full = true;
+        let (mut plan, mut prompts) = (StepPlan::default(), HashMap::new());
+        scheduler.add(sequence);
+        for _ in 0..4 {
+            scheduler.plan(0, &mut plan);
+            scheduler.complete(&mut answer(&plan, &mut prompts));
+        }
+        scheduler.plan(0, &mut plan);
+        assert!(plan.is_empty());
+        receiver.try_recv().unwrap();
+        scheduler.plan(0, &mut plan);
+        assert_eq!(plan.tokens.len(), 1);
     }
 }

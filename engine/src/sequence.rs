@@ -1,16 +1,21 @@
 //! One row while it is generated: its tokens so far, and the rules that end it.
 
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::Sender;
 
 use crate::request::{Event, Finish, FinishReason, Request, StopMatch, Stopping};
 use crate::step::Slot;
 use crate::tokenizer::{Detokenizer, Tokenizer};
 
+/// Events with distributions over the vocabulary that a client may leave untaken.
+const MAX_UNTAKEN_DISTRIBUTIONS: usize = 4;
+
 /// A submitted row and everything that rank 0 knows of it.
 pub struct Sequence {
     pub id: u64,
+    /// Rows of one group are admitted in turn with those of other groups.
+    pub group: u64,
     pub request: Request,
-    events: UnboundedSender<Event>,
+    events: Sender<Event>,
     /// Prompt tokens whose keys and values are (or will be, with the plan in flight) in the cache.
     pub num_prefilled: usize,
     pub num_generated: usize,
@@ -22,9 +27,11 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    pub fn new(id: u64, request: Request, events: UnboundedSender<Event>) -> Self {
+    /// `events` must have room for every event of the row: whoever sends never waits.
+    pub fn new(id: u64, group: u64, request: Request, events: Sender<Event>) -> Self {
         Self {
             id,
+            group,
             request,
             events,
             num_prefilled: 0,
@@ -57,9 +64,15 @@ impl Sequence {
         self.events.is_closed()
     }
 
+    /// Whether the row must wait because its client is slow to take distributions over the vocabulary, each a megabyte with a large one.
+    pub fn is_backlogged(&self) -> bool {
+        let untaken = self.events.max_capacity() - self.events.capacity();
+        self.request.logprobs.full && untaken >= MAX_UNTAKEN_DISTRIBUTIONS
+    }
+
     /// Sends an event; a receiver that has gone is noticed by [`Self::is_cancelled`].
     pub fn emit(&self, event: Event) {
-        let _ = self.events.send(event);
+        let _ = self.events.try_send(event);
     }
 
     /// Takes note of a generated token and says whether it ends the row.

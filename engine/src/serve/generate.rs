@@ -14,31 +14,33 @@ use futures_util::{future, stream};
 use serde_json::{Value, json};
 
 use crate::end_strings;
-use crate::engine::EngineInfo;
-use crate::request::{self, Event, LogprobSpec, Logprobs, RowError, Sampling, Stopping};
-use crate::tokenizer::Tokenizer;
+use crate::error_chain::error_chain;
+use crate::request::{self, Event, LogprobSpec, RowError, Sampling, Stopping};
 
 use super::rows::TrackedRow;
 use super::shape::{Generated, Reply};
-use super::validate::{MAX_SENTENCES, Params, Refusal, Sentence, validate};
-use super::{Server, random_u64};
-
-/// Memory that the log-probabilities of one `all_probs` request may take: they are held until its last row is done.
-const MAX_FULL_LOGPROB_BYTES: usize = 8 << 30;
+use super::validate::{Params, Refusal, Sentence, validate};
+use super::{Server, random_u64, score};
 
 /// Any method on `/generate`.
 pub(super) async fn generate(State(server): State<Arc<Server>>, request: Request) -> Response {
+    match put_body(request).await {
+        Ok(body) => put(&server, body).await,
+        Err(answer) => answer,
+    }
+}
+
+/// The body of a `PUT` with JSON; for anything else the answer that Flask gives.
+pub(super) async fn put_body(request: Request) -> Result<Bytes, Response> {
     if request.method() != Method::PUT {
-        return answer_method(request.method(), "HEAD, OPTIONS, PUT, GET");
+        return Err(answer_method(request.method(), "HEAD, OPTIONS, PUT, GET"));
     }
     if !is_json(request.headers()) {
         let text = "Did not attempt to load JSON data because the request Content-Type was not 'application/json'.";
-        return message(StatusCode::UNSUPPORTED_MEDIA_TYPE, text);
+        return Err(message(StatusCode::UNSUPPORTED_MEDIA_TYPE, text));
     }
-    match Bytes::from_request(request, &()).await {
-        Ok(body) => put(server, body).await,
-        Err(rejection) => message(rejection.status(), &rejection.body_text()),
-    }
+    let body = Bytes::from_request(request, &()).await;
+    body.map_err(|rejection| message(rejection.status(), &rejection.body_text()))
 }
 
 /// Any method on `/generate/`.
@@ -46,33 +48,60 @@ pub(super) async fn trailing_slash(method: Method) -> Response {
     answer_method(&method, "HEAD, OPTIONS, GET")
 }
 
-async fn put(server: Arc<Server>, body: Bytes) -> Response {
-    // 128 long prompts take a while to parse and tokenise; other requests are answered meanwhile.
-    let prepared = {
-        let server = server.clone();
-        tokio::task::spawn_blocking(move || Batch::prepare(&body, server.engine.info(), &server.tokenizer)).await
+async fn put(server: &Arc<Server>, body: Bytes) -> Response {
+    let prepared = prepare(server, body, |server, body| {
+        let params = validate(body)?;
+        let all_probs = params.all_probs;
+        Ok((Batch::new(params, server)?, all_probs))
+    });
+    let (batch, all_probs) = match prepared.await {
+        Ok(prepared) => prepared,
+        Err(answer) => return answer,
     };
-    let batch = match prepared {
-        Ok(Ok(batch)) => batch,
-        Ok(Err(refusal)) => return refuse(refusal, server.strict),
-        Err(error) => return internal_error(&error),
-    };
-    let rows = match run(&server, batch.prompts).await {
+    let (filler, compute_logprob) = (batch.eos.unwrap_or(0), batch.logprobs.tokens);
+    let rows = match run(server, batch.prompts).await {
         Ok(rows) => rows,
-        Err(RowError::ShuttingDown) => return message(StatusCode::SERVICE_UNAVAILABLE, "the server is shutting down"),
-        Err(error @ (RowError::EngineFailed(_) | RowError::NotFinite)) => return internal_error(&error),
-        Err(error) => return refuse(Refusal::Invalid(error.to_string().into()), server.strict),
+        Err(error) => return failed(error, server.strict),
     };
-    let reply = Reply {
-        rows,
-        filler: batch.eos.unwrap_or(0),
-        compute_logprob: batch.logprobs.tokens,
-        all_probs: batch.logprobs.full,
-        vocab_size: server.engine.info().vocab_size,
+    let reply = Reply { rows, filler, compute_logprob };
+    let body = if all_probs {
+        score::stream(server.clone(), reply)
+    } else {
+        let chunks = reply.into_chunks(server.tokenizer.clone()).map(Ok::<_, std::convert::Infallible>);
+        Body::from_stream(stream::iter(std::iter::once(Ok(Bytes::from_static(b"{"))).chain(chunks)))
     };
-    let chunks = reply.into_chunks(server.tokenizer.clone()).map(Ok::<_, std::convert::Infallible>);
-    let headers = [(header::CONTENT_TYPE, "application/json")];
-    (headers, Body::from_stream(stream::iter(chunks))).into_response()
+    ([(header::CONTENT_TYPE, "application/json")], body).into_response()
+}
+
+/// Parses a body and makes of it what is to be generated; or the answer that says why not.
+///
+/// 128 long prompts take a while to parse and tokenise; other requests are answered meanwhile.
+pub(super) async fn prepare<T: Send + 'static>(
+    server: &Arc<Server>,
+    body: Bytes,
+    prepare: impl FnOnce(&Server, Value) -> Result<T, Refusal> + Send + 'static,
+) -> Result<T, Response> {
+    let shared = server.clone();
+    let prepared = tokio::task::spawn_blocking(move || {
+        let body = serde_json::from_slice(&body).map_err(|_| {
+            let text = "The browser (or proxy) sent a request that this server could not understand.";
+            Refusal::Malformed(text.into())
+        })?;
+        prepare(&shared, body)
+    });
+    match prepared.await {
+        Ok(prepared) => prepared.map_err(|refusal| refuse(refusal, server.strict)),
+        Err(error) => Err(internal_error(&error)),
+    }
+}
+
+/// The answer when a row was refused or failed.
+pub(super) fn failed(error: RowError, strict: bool) -> Response {
+    match error {
+        RowError::ShuttingDown => message(StatusCode::SERVICE_UNAVAILABLE, "the server is shutting down"),
+        RowError::EngineFailed(_) | RowError::NotFinite => internal_error(&error),
+        _ => refuse(Refusal::Invalid(error.to_string().into()), strict),
+    }
 }
 
 /// What Flask makes of the methods that a route does not have.
@@ -117,38 +146,32 @@ fn internal_error(error: &dyn std::error::Error) -> Response {
 fn refuse(refusal: Refusal, strict: bool) -> Response {
     match refusal {
         Refusal::Malformed(text) => message(StatusCode::BAD_REQUEST, &text),
-        Refusal::TooManySentences => {
-            json_line(StatusCode::BAD_REQUEST, &json!(format!("Maximum number of sentences is {MAX_SENTENCES}")))
-        }
+        Refusal::Rejected(text) => json_line(StatusCode::BAD_REQUEST, &json!(text)),
         Refusal::Invalid(text) => {
             json_line(if strict { StatusCode::BAD_REQUEST } else { StatusCode::OK }, &Value::from(text))
         }
     }
 }
 
-fn json_line(status: StatusCode, value: &Value) -> Response {
+pub(super) fn json_line(status: StatusCode, value: &Value) -> Response {
     (status, [(header::CONTENT_TYPE, "application/json")], format!("{value}\n")).into_response()
 }
 
 /// A request ready to be submitted.
-struct Batch {
-    prompts: Vec<BatchPrompt>,
+pub(super) struct Batch {
+    pub(super) prompts: Vec<BatchPrompt>,
     eos: Option<u32>,
-    logprobs: LogprobSpec,
+    pub(super) logprobs: LogprobSpec,
 }
 
-struct BatchPrompt {
+pub(super) struct BatchPrompt {
     text: Option<String>,
     request: request::Request,
 }
 
 impl Batch {
-    fn prepare(body: &[u8], info: &EngineInfo, tokenizer: &Tokenizer) -> Result<Self, Refusal> {
-        let body = serde_json::from_slice(body).map_err(|_| {
-            let text = "The browser (or proxy) sent a request that this server could not understand.";
-            Refusal::Malformed(text.into())
-        })?;
-        let mut params = validate(body)?;
+    pub(super) fn new(mut params: Params, server: &Server) -> Result<Self, Refusal> {
+        let (info, tokenizer) = (server.engine.info(), &server.tokenizer);
         let bos = match (params.add_bos, info.config.bos_id) {
             (false, _) => None,
             (true, None) => return Err(Refusal::Invalid("add_BOS: the model has no BOS token".into())),
@@ -163,28 +186,21 @@ impl Batch {
                         (Some(text), ids)
                     }
                     Sentence::Ids(ids) => (None, ids),
+                    Sentence::Chat(messages) => {
+                        let ids = server.chat.encode(&messages, tokenizer);
+                        (None, ids.map_err(|error| Refusal::Invalid(error_chain(&error).into()))?)
+                    }
                 };
-                (text, bos.into_iter().chain(ids).collect())
+                Ok((text, bos.into_iter().chain(ids).collect()))
             })
-            .collect();
+            .collect::<Result<_, Refusal>>()?;
         let lengths: Vec<usize> = sentences.iter().map(|(_, ids)| ids.len()).collect();
         let budgets = budgets(&lengths, params.tokens_to_generate, info.max_context.min(info.kv_tokens))?;
         let logprobs = LogprobSpec {
             tokens: params.compute_logprob || params.all_probs,
             prompt: params.compute_logprob || params.all_probs,
-            top: 0,
-            full: params.all_probs,
+            ..LogprobSpec::default()
         };
-        if params.all_probs {
-            let positions: usize = lengths.iter().zip(&budgets).map(|(n, budget)| n + *budget as usize).sum();
-            let bytes = positions.saturating_mul(info.vocab_size).saturating_mul(size_of::<f32>());
-            if bytes > MAX_FULL_LOGPROB_BYTES {
-                let text = format!(
-                    "all_probs for {positions} tokens would take {bytes} bytes; at most {MAX_FULL_LOGPROB_BYTES} may be asked for at a time"
-                );
-                return Err(Refusal::Invalid(text.into()));
-            }
-        }
         let eos = end_strings::eos_id(info, tokenizer);
         let stopping = end_strings::stopping(tokenizer, eos, &params.end_strings, 0, params.min_tokens_to_generate);
         let seed = params.random_seed.unwrap_or_else(random_u64);
@@ -232,7 +248,8 @@ fn sampling(params: &Params, vocab_size: usize, seed: u64, sample: u32) -> Sampl
 }
 
 /// Generates all rows; the first failure cancels the others.
-async fn run(server: &Server, prompts: Vec<BatchPrompt>) -> Result<Vec<Generated>, RowError> {
+pub(super) async fn run(server: &Server, prompts: Vec<BatchPrompt>) -> Result<Vec<Generated>, RowError> {
+    let group = server.engine.new_group();
     let mut rows = Vec::with_capacity(prompts.len());
     for BatchPrompt { text, request } in prompts {
         let generated = Generated {
@@ -240,9 +257,8 @@ async fn run(server: &Server, prompts: Vec<BatchPrompt>) -> Result<Vec<Generated
             prompt_len: request.prompt.len(),
             ids: request.prompt.clone(),
             logprobs: Vec::new(),
-            full_logprobs: Vec::new(),
         };
-        rows.push(collect(TrackedRow::submit(&server.engine, &server.metrics, request)?, generated));
+        rows.push(collect(TrackedRow::submit(&server.engine, group, &server.metrics, request)?, generated));
     }
     future::try_join_all(rows).await
 }
@@ -251,27 +267,16 @@ async fn run(server: &Server, prompts: Vec<BatchPrompt>) -> Result<Vec<Generated
 async fn collect(mut row: TrackedRow, mut generated: Generated) -> Result<Generated, RowError> {
     while let Some(event) = row.next().await {
         match event {
-            Event::Prompt(positions) => positions.into_iter().for_each(|position| generated.add(position)),
+            Event::Prompt(positions) => generated.logprobs.extend(positions.iter().map(|position| position.token)),
             Event::Token { id, logprobs } => {
                 generated.ids.push(id);
-                if let Some(position) = logprobs {
-                    generated.add(*position);
-                }
+                generated.logprobs.extend(logprobs.map(|position| position.token));
             }
             Event::Finished(_) => {}
             Event::Failed(error) => return Err(error),
         }
     }
     Ok(generated)
-}
-
-impl Generated {
-    fn add(&mut self, position: Logprobs) {
-        self.logprobs.push(position.token);
-        if !position.full.is_empty() {
-            self.full_logprobs.push(position.full);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -19,17 +19,25 @@ pub(super) struct Metrics {
     pub(super) next_token: Histogram,
     /// From submitting a row to its end.
     pub(super) row: Histogram,
+    /// From a request's head to the end of its answer, by route.
+    requests: Mutex<BTreeMap<&'static str, Histogram>>,
 }
 
 impl Metrics {
-    pub(super) fn count_response(&self, route: &'static str, status: u16) {
-        let mut responses = self.responses.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        *responses.entry((route, status)).or_default() += 1;
+    pub(super) fn count_response(&self, route: &'static str, status: u16, duration: Duration) {
+        lock(&self.requests).entry(route).or_default().observe(duration);
+        *lock(&self.responses).entry((route, status)).or_default() += 1;
     }
 
     /// The text exposition format, version 0.0.4.
-    pub(super) fn render(&self, stats: &EngineStats) -> String {
+    ///
+    /// `phase` is that of this server, named as in the run's events but in lower case.
+    pub(super) fn render(&self, stats: &EngineStats, phase: &str) -> String {
         let mut out = String::new();
+        head(&mut out, "phase", "gauge", "1 for the phase that the server is in.");
+        for known in ["ready", "draining", "failed"] {
+            let _ = writeln!(out, "nemotron_phase{{phase=\"{known}\"}} {}", u8::from(known == phase));
+        }
         let values: [(&str, &str, &str, u64); 8] = [
             ("rows_waiting", "gauge", "Rows that wait for admission.", stats.waiting as u64),
             ("rows_running", "gauge", "Rows that are being generated.", stats.running as u64),
@@ -45,14 +53,28 @@ impl Metrics {
             let _ = writeln!(out, "nemotron_{name} {value}");
         }
         head(&mut out, "http_responses_total", "counter", "Answers by route and status; 499: the client left first.");
-        for ((route, status), count) in &*self.responses.lock().unwrap_or_else(std::sync::PoisonError::into_inner) {
+        for ((route, status), count) in &*lock(&self.responses) {
             let _ = writeln!(out, "nemotron_http_responses_total{{route=\"{route}\",status=\"{status}\"}} {count}");
         }
-        self.first_token.render(&mut out, "time_to_first_token_seconds", "From submitting a row to its first token.");
-        self.next_token.render(&mut out, "time_between_tokens_seconds", "Between two tokens of a row.");
-        self.row.render(&mut out, "row_seconds", "From submitting a row to its end.");
+        for (histogram, name, help) in [
+            (&self.first_token, "time_to_first_token_seconds", "From submitting a row to its first token."),
+            (&self.next_token, "time_between_tokens_seconds", "Between two tokens of a row."),
+            (&self.row, "row_seconds", "From submitting a row to its end."),
+        ] {
+            head(&mut out, name, "histogram", help);
+            histogram.render(&mut out, name, "");
+        }
+        head(&mut out, "request_seconds", "histogram", "From a request's head to the end of its answer.");
+        for (route, histogram) in &*lock(&self.requests) {
+            histogram.render(&mut out, "request_seconds", &format!("route=\"{route}\""));
+        }
         out
     }
+}
+
+/// What is guarded is a count, right after any panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn head(out: &mut String, name: &str, kind: &str, help: &str) {
@@ -77,16 +99,17 @@ impl Histogram {
         self.micros.fetch_add(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX), Relaxed);
     }
 
-    fn render(&self, out: &mut String, name: &str, help: &str) {
-        head(out, name, "histogram", help);
+    fn render(&self, out: &mut String, name: &str, label: &str) {
+        let comma = if label.is_empty() { "" } else { "," };
         let mut total = 0;
         let bounds = BOUNDS.iter().map(f64::to_string).chain(["+Inf".into()]);
         for (bound, count) in bounds.zip(&self.counts) {
             total += count.load(Relaxed);
-            let _ = writeln!(out, "nemotron_{name}_bucket{{le=\"{bound}\"}} {total}");
+            let _ = writeln!(out, "nemotron_{name}_bucket{{{label}{comma}le=\"{bound}\"}} {total}");
         }
         let sum = self.micros.load(Relaxed) as f64 / 1e6;
-        let _ = writeln!(out, "nemotron_{name}_sum {sum}\nnemotron_{name}_count {total}");
+        let labels = if label.is_empty() { String::new() } else { format!("{{{label}}}") };
+        let _ = writeln!(out, "nemotron_{name}_sum{labels} {sum}\nnemotron_{name}_count{labels} {total}");
     }
 }
 
@@ -100,11 +123,14 @@ mod tests {
         for millis in [5, 6, 700_000] {
             metrics.row.observe(Duration::from_millis(millis));
         }
-        metrics.count_response("/generate", 200);
-        metrics.count_response("/generate", 200);
-        let text = metrics.render(&EngineStats { running: 3, ..EngineStats::default() });
+        metrics.count_response("/generate", 200, Duration::ZERO);
+        metrics.count_response("/generate", 200, Duration::ZERO);
+        let text = metrics.render(&EngineStats { running: 3, ..EngineStats::default() }, "ready");
         for line in [
             "nemotron_rows_running 3",
+            "nemotron_phase{phase=\"ready\"} 1",
+            "nemotron_phase{phase=\"failed\"} 0",
+            "nemotron_request_seconds_count{route=\"/generate\"} 2",
             "nemotron_http_responses_total{route=\"/generate\",status=\"200\"} 2",
             "nemotron_row_seconds_bucket{le=\"0.005\"} 1",
             "nemotron_row_seconds_bucket{le=\"0.01\"} 2",

@@ -1,12 +1,14 @@
 //! HTTP: routes, authentication, health, and the dialects that turn bodies into requests.
 //!
-//! `PUT /generate` answers as NeMo's server does; `/v1/*` as OpenAI's API does. Requests wait for the engine as long as it takes: there is
+//! `PUT /generate` answers as NeMo's server does, `PUT /api` as Megatron-LM's; `/v1/*` as OpenAI's API does. Requests wait for the engine as long as it takes: there is
 //! no timeout on our side, and a row is cancelled when the client that asked for it goes away.
 
 mod generate;
+mod megatron;
 mod metrics;
 mod openai;
 mod rows;
+mod score;
 mod shape;
 mod validate;
 
@@ -16,12 +18,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use axum::Router;
+use axum::body::{Body, HttpBody as _};
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use axum::serve::ListenerExt;
+use futures_util::{StreamExt as _, stream};
 use subtle::ConstantTimeEq;
 
 use crate::chat::ChatTemplate;
@@ -35,11 +39,16 @@ use self::metrics::Metrics;
 const MAX_BODY_BYTES: usize = 256 << 20;
 
 /// Routes that answer without a token, for probes.
-const OPEN_ROUTES: [&str; 4] = ["/livez", "/readyz", "/startupz", "/healthz"];
+const OPEN_ROUTES: [&str; 5] = ["/livez", "/readyz", "/startupz", "/healthz", "/openapi.json"];
+
+/// What the routes take and give, for tools.
+const OPENAPI: &str = include_str!("openapi.json");
 
 /// Routes that metrics name; all others count as "other".
-const ROUTES: [&str; 9] = [
+const ROUTES: [&str; 11] = [
     "/generate",
+    "/api",
+    "/openapi.json",
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/models",
@@ -71,6 +80,12 @@ struct Server {
     strict: bool,
     metrics: Arc<Metrics>,
     draining: AtomicBool,
+}
+
+impl Server {
+    fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed) || self.engine.is_draining()
+    }
 }
 
 /// Serves until `shutdown` resolves, then lets running requests finish.
@@ -112,6 +127,7 @@ fn router(server: Arc<Server>) -> Router {
     Router::new()
         .route("/generate", any(generate::generate))
         .route("/generate/", any(generate::trailing_slash))
+        .route("/api", any(megatron::api))
         .route("/v1/models", get(openai::models))
         .route("/v1/completions", post(openai::completions))
         .route("/v1/chat/completions", post(openai::chat_completions))
@@ -120,6 +136,7 @@ fn router(server: Arc<Server>) -> Router {
         .route("/readyz", get(ready))
         .route("/startupz", get(|| async { "started\n" }))
         .route("/metrics", get(metrics_text))
+        .route("/openapi.json", get(|| async { ([(header::CONTENT_TYPE, "application/json")], OPENAPI) }))
         .fallback(not_found)
         .layer(middleware::from_fn_with_state(server.clone(), authorize))
         .layer(middleware::from_fn_with_state(server.clone(), observe))
@@ -139,9 +156,7 @@ async fn live(State(server): State<Arc<Server>>) -> Response {
 async fn ready(State(server): State<Arc<Server>>) -> Response {
     match server.engine.failure() {
         Some(error) => unavailable(format!("failed: {}\n", error_chain(&*error))),
-        None if server.draining.load(Ordering::Relaxed) || server.engine.is_draining() => {
-            unavailable("draining\n".into())
-        }
+        None if server.is_draining() => unavailable("draining\n".into()),
         None => "ready\n".into_response(),
     }
 }
@@ -151,7 +166,12 @@ fn unavailable(reason: String) -> Response {
 }
 
 async fn metrics_text(State(server): State<Arc<Server>>) -> Response {
-    let text = server.metrics.render(&server.engine.stats());
+    let phase = match server.engine.failure() {
+        Some(_) => "failed",
+        None if server.is_draining() => "draining",
+        None => "ready",
+    };
+    let text = server.metrics.render(&server.engine.stats(), phase);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
@@ -197,9 +217,23 @@ async fn observe(State(server): State<Arc<Server>>, request: Request, next: Next
         status: 499,
     };
     let mut response = next.run(request).await;
-    access.status = response.status().as_u16();
     response.headers_mut().insert(REQUEST_ID, id);
-    response
+    let status = response.status().as_u16();
+    if response.body().size_hint().exact().is_some() {
+        access.answered(status);
+        return response;
+    }
+    // A body of unknown length is still being made: the request is over when it ends, and abandoned when it is dropped before.
+    response.map(|body| {
+        let chunks = stream::unfold((body.into_data_stream(), access), move |(mut body, mut access)| async move {
+            let Some(chunk) = body.next().await else {
+                access.answered(status);
+                return None;
+            };
+            Some((chunk, (body, access)))
+        });
+        Body::from_stream(chunks)
+    })
 }
 
 /// One line of the access log, written when the request is over, be it because the client left.
@@ -212,9 +246,15 @@ struct Access {
     status: u16,
 }
 
+impl Access {
+    fn answered(&mut self, status: u16) {
+        self.status = status;
+    }
+}
+
 impl Drop for Access {
     fn drop(&mut self) {
-        self.metrics.count_response(self.route, self.status);
+        self.metrics.count_response(self.route, self.status, self.start.elapsed());
         let (method, route, status) = (&self.method, self.route, self.status);
         let (id, ms) = (self.id.to_str().unwrap_or("?"), self.start.elapsed().as_millis() as u64);
         if OPEN_ROUTES.contains(&route) || route == "/metrics" {
@@ -234,4 +274,18 @@ fn new_id() -> String {
 fn random_u64() -> u64 {
     use rand::{RngCore, SeedableRng};
     rand::rngs::StdRng::from_os_rng().next_u64()
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_route_is_described() {
+        let document: serde_json::Value = serde_json::from_str(OPENAPI).unwrap();
+        let described: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
+        let missing: Vec<&str> = ROUTES.into_iter().filter(|route| !described.iter().any(|path| path == route)).collect();
+        assert_eq!((missing, described.len()), (vec![], ROUTES.len()));
+    }
 }

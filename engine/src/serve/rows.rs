@@ -18,8 +18,13 @@ pub(super) struct TrackedRow {
 }
 
 impl TrackedRow {
-    pub(super) fn submit(engine: &Engine, metrics: &Arc<Metrics>, request: Request) -> Result<Self, RowError> {
-        let row = engine.submit(request)?;
+    pub(super) fn submit(
+        engine: &Engine,
+        group: u64,
+        metrics: &Arc<Metrics>,
+        request: Request,
+    ) -> Result<Self, RowError> {
+        let row = engine.submit_in(group, request)?;
         Ok(Self { row, metrics: metrics.clone(), submitted: Instant::now(), last_token: None, over: false })
     }
 

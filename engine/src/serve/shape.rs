@@ -19,8 +19,6 @@ pub(super) struct Generated {
     pub(super) ids: Vec<u32>,
     /// Of ids 1.., if asked for.
     pub(super) logprobs: Vec<f32>,
-    /// Of the whole vocabulary at ids 1.., if asked for.
-    pub(super) full_logprobs: Vec<Vec<f32>>,
 }
 
 /// All rows of a request.
@@ -29,33 +27,30 @@ pub(super) struct Reply {
     /// Fills rows that end before the longest.
     pub(super) filler: u32,
     pub(super) compute_logprob: bool,
-    pub(super) all_probs: bool,
-    pub(super) vocab_size: usize,
 }
 
 impl Reply {
     /// Brings all rows to the length of the longest: NeMo's loop ends when its last row does, and a finished row takes EOS until then.
     ///
     /// The filler's log-probability is 0: it stands there with certainty, and adds nothing to a sum over the row.
-    fn pad(&mut self) -> usize {
-        let length = self.rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
+    fn pad(&mut self) {
+        let length = self.length();
         for row in &mut self.rows {
             row.ids.resize(length, self.filler);
             if self.compute_logprob {
                 row.logprobs.resize(length - 1, 0.0);
             }
         }
-        length
     }
 
-    /// The JSON text in pieces of bounded size. Log-probabilities over the vocabulary are freed as they are written.
+    /// Of every row in the answer.
+    pub(super) fn length(&self) -> usize {
+        self.rows.iter().map(|row| row.ids.len()).max().unwrap_or(0)
+    }
+
+    /// The JSON text without the brace that opens it, a row at a time.
     pub(super) fn into_chunks(mut self, tokenizer: Tokenizer) -> impl Iterator<Item = Bytes> + Send {
-        let positions = self.pad().saturating_sub(1);
-        let full = self.all_probs.then(|| {
-            let filler = full_filler(self.vocab_size, self.filler);
-            let rows: Vec<_> = self.rows.iter_mut().map(|row| std::mem::take(&mut row.full_logprobs)).collect();
-            once("\"full_logprob\":[").chain(full_logprobs(rows, positions, filler)).chain(once("],"))
-        });
+        self.pad();
         let rows = Arc::new(self.rows);
         let (asked, logprob_end) = match self.compute_logprob {
             true => (Some("\"logprob\":["), "],"),
@@ -71,9 +66,9 @@ impl Reply {
         let tokens = list("],\"tokens\":[", |out, row, tokenizer| {
             json(out, &row.ids.iter().map(|&id| tokenizer.piece(id)).collect::<Vec<_>>());
         });
-        once("{")
-            .chain(full.into_iter().flatten())
-            .chain(logprob.into_iter().flatten())
+        logprob
+            .into_iter()
+            .flatten()
             .chain(once(logprob_end))
             .chain(offsets.chain(sentences).chain(token_ids).chain(tokens))
             .chain(once("]}\n"))
@@ -102,32 +97,12 @@ fn list(
     once(head).chain(items)
 }
 
-/// Rows of `positions` distributions each, a chunk each: one over a vocabulary of 256000 is megabytes of text.
-fn full_logprobs(rows: Vec<Vec<Vec<f32>>>, positions: usize, filler: Vec<f32>) -> impl Iterator<Item = Bytes> + Send {
-    rows.into_iter().enumerate().flat_map(move |(index, row)| {
-        let missing = positions.saturating_sub(row.len());
-        let row = row.into_iter().chain(std::iter::repeat_n(filler.clone(), missing));
-        row.enumerate().map(move |(position, values)| {
-            let mut out = match (index, position) {
-                (0, 0) => b"[".to_vec(),
-                (_, 0) => b",[".to_vec(),
-                _ => b",".to_vec(),
-            };
-            floats(&mut out, &values);
-            if position + 1 == positions {
-                out.push(b']');
-            }
-            Bytes::from(out)
-        })
-    })
-}
-
 fn json(out: &mut Vec<u8>, value: &impl Serialize) {
     serde_json::to_writer(out, value).expect("numbers and strings have a JSON form, and memory takes every byte");
 }
 
 /// A list of numbers in which everything is finite.
-fn floats(out: &mut Vec<u8>, values: &[f32]) {
+pub(super) fn floats(out: &mut Vec<u8>, values: &[f32]) {
     out.push(b'[');
     for (index, value) in values.iter().enumerate() {
         if index > 0 {
@@ -139,7 +114,7 @@ fn floats(out: &mut Vec<u8>, values: &[f32]) {
 }
 
 /// The distribution at a filler position: the filler with certainty.
-fn full_filler(vocab_size: usize, filler: u32) -> Vec<f32> {
+pub(super) fn full_filler(vocab_size: usize, filler: u32) -> Vec<f32> {
     let mut values = vec![IMPOSSIBLE; vocab_size];
     if let Some(value) = values.get_mut(filler as usize) {
         *value = 0.0;
@@ -159,7 +134,7 @@ fn offsets<'a>(pieces: impl Iterator<Item = &'a str>) -> Vec<usize> {
 }
 
 /// The text of prompt and completion. Clients cut the prompt off by its length, so it must stand there as it was sent.
-fn sentence(row: &Generated, tokenizer: &Tokenizer) -> String {
+pub(super) fn sentence(row: &Generated, tokenizer: &Tokenizer) -> String {
     let whole = tokenizer.decode(&row.ids);
     let Some(prompt) = &row.text else { return whole };
     let shown = tokenizer.decode(&row.ids[..row.prompt_len]);
@@ -179,18 +154,19 @@ mod tests {
 
     fn row(prompt_len: usize, ids: &[u32]) -> Generated {
         let logprobs = vec![-0.5; ids.len() - 1];
-        Generated { text: None, prompt_len, ids: ids.to_vec(), logprobs, full_logprobs: Vec::new() }
+        Generated { text: None, prompt_len, ids: ids.to_vec(), logprobs }
     }
 
     fn reply(rows: Vec<Generated>) -> Reply {
-        Reply { rows, filler: 3, compute_logprob: true, all_probs: false, vocab_size: 4 }
+        Reply { rows, filler: 3, compute_logprob: true }
     }
 
     #[test]
     fn rows_are_filled_up_to_the_last_one_to_stop() {
         // Prompts of 3 and 5, four tokens to generate: both rows may grow to 9, so the short prompt gets two more.
         let mut reply = reply(vec![row(3, &[7, 7, 7, 8, 5]), row(5, &[7, 7, 7, 7, 7, 8, 8, 8, 8])]);
-        assert_eq!(reply.pad(), 9);
+        reply.pad();
+        assert_eq!(reply.length(), 9);
         assert_eq!(reply.rows[0].ids, [7, 7, 7, 8, 5, 3, 3, 3, 3]);
         assert_eq!(reply.rows[0].logprobs, [-0.5, -0.5, -0.5, -0.5, 0.0, 0.0, 0.0, 0.0]);
         assert_eq!(reply.rows[1].ids.len(), 9);
@@ -199,7 +175,8 @@ mod tests {
     #[test]
     fn rows_end_where_the_last_one_stops_early() {
         let mut reply = reply(vec![row(3, &[7, 7, 7, 5]), row(5, &[7, 7, 7, 7, 7, 5])]);
-        assert_eq!(reply.pad(), 6);
+        reply.pad();
+        assert_eq!(reply.length(), 6);
         assert_eq!(reply.rows[0].ids, [7, 7, 7, 5, 3, 3]);
     }
 
@@ -214,14 +191,6 @@ mod tests {
         let mut out = Vec::new();
         floats(&mut out, &[f32::NEG_INFINITY, -0.5, f32::NAN, 0.0]);
         assert_eq!(String::from_utf8_lossy(&out), "[-1e+30,-0.5,-1e+30,0.0]");
-    }
-
-    #[test]
-    fn full_logprobs_are_a_list_of_rows_of_distributions() {
-        let rows = vec![vec![vec![-1.0, -2.0]], vec![vec![-3.0, -4.0], vec![-5.0, -6.0]]];
-        let text: Vec<u8> = full_logprobs(rows, 2, vec![0.0, IMPOSSIBLE]).flatten().collect();
-        let text = format!("[{}]", String::from_utf8_lossy(&text));
-        assert_eq!(text, "[[[-1.0,-2.0],[0.0,-1e+30]],[[-3.0,-4.0],[-5.0,-6.0]]]");
     }
 
     #[test]

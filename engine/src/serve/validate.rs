@@ -6,7 +6,9 @@ use std::borrow::Cow;
 
 use serde_json::{Map, Value};
 
-/// Prompts in one request at most.
+use crate::chat::{Message, Role};
+
+/// Prompts in one request at most; the texts below say so.
 pub(super) const MAX_SENTENCES: usize = 128;
 
 /// A valid request.
@@ -34,6 +36,8 @@ pub(super) enum Sentence {
     Text(String),
     /// Our extension: a list of token ids.
     Ids(Vec<u32>),
+    /// A conversation for the chat template.
+    Chat(Vec<Message>),
 }
 
 /// Why a request is not generated.
@@ -42,11 +46,12 @@ pub(super) enum Refusal {
     /// Status 400 and an object with `message`: what makes NeMo fail rather than answer.
     Malformed(Cow<'static, str>),
     /// Status 400 and a JSON string.
-    TooManySentences,
+    Rejected(&'static str),
     /// Status 200 (400 in strict mode) and a JSON string.
     Invalid(Cow<'static, str>),
 }
 
+const TOO_MANY: Refusal = Refusal::Rejected("Maximum number of sentences is 128");
 const SENTENCES: &str = "sentences must be a list of strings";
 const TASK_IDS: &str = "Input at 'sentences' must by a tuple of two tensors like:                    (context_tokens_tensor, context_length_tensor) if task ids are given";
 const TOKENS_TO_GENERATE: &str = "tokens_to_generate must be an integer greater than 0";
@@ -65,7 +70,7 @@ pub(super) fn validate(body: Value) -> Result<Params, Refusal> {
         return Err(Refusal::Malformed("the body must be a JSON object".into()));
     };
     let sentences = match fields.remove("sentences") {
-        Some(Value::Array(list)) if list.len() > MAX_SENTENCES => return Err(Refusal::TooManySentences),
+        Some(Value::Array(list)) if list.len() > MAX_SENTENCES => return Err(TOO_MANY),
         Some(sentences @ (Value::Array(_) | Value::String(_) | Value::Object(_))) => sentences,
         _ => return Err(Refusal::Malformed(SENTENCES.into())),
     };
@@ -103,10 +108,11 @@ pub(super) fn validate(body: Value) -> Result<Params, Refusal> {
     Ok(params)
 }
 
-struct Fields(Map<String, Value>);
+/// The fields of a body, read as NeMo and Megatron-LM read them.
+pub(super) struct Fields(pub(super) Map<String, Value>);
 
 impl Fields {
-    fn bool(&self, name: &str) -> Result<bool, Refusal> {
+    pub(super) fn bool(&self, name: &str) -> Result<bool, Refusal> {
         match self.0.get(name) {
             None => Ok(false),
             Some(Value::Bool(value)) => Ok(*value),
@@ -115,7 +121,7 @@ impl Fields {
     }
 
     /// `isinstance(value, int)`, which booleans pass.
-    fn int(&self, name: &str, default: u64, min: u64, text: &'static str) -> Result<u64, Refusal> {
+    pub(super) fn int(&self, name: &str, default: u64, min: u64, text: &'static str) -> Result<u64, Refusal> {
         let value = match self.0.get(name) {
             None => Some(default),
             Some(Value::Bool(value)) => Some(u64::from(*value)),
@@ -125,7 +131,7 @@ impl Fields {
     }
 
     /// `type(value) in (int, float)`, which booleans do not pass.
-    fn number(
+    pub(super) fn number(
         &self,
         name: &str,
         default: f64,
@@ -146,6 +152,13 @@ impl Fields {
 fn sentences(value: Value, add_bos: bool) -> Result<Vec<Sentence>, Refusal> {
     let invalid = |text| Refusal::Invalid(Cow::Borrowed(text));
     let Value::Array(list) = value else { return Err(invalid(SENTENCES)) };
+    if !list.is_empty() && list.iter().all(Value::is_object) {
+        let conversations = conversations(&list).ok_or(invalid(SENTENCES))?;
+        return match conversations.len() {
+            0..=MAX_SENTENCES => Ok(conversations.into_iter().map(Sentence::Chat).collect()),
+            _ => Err(TOO_MANY),
+        };
+    }
     list.into_iter()
         .map(|sentence| match sentence {
             Value::String(text) if text.is_empty() && !add_bos => Err(invalid("Empty prompts require add_BOS=true")),
@@ -160,13 +173,37 @@ fn sentences(value: Value, add_bos: bool) -> Result<Vec<Sentence>, Refusal> {
         .collect()
 }
 
+/// NeMo's collated conversations: a list of turns, each `{"role": [one a conversation], "content": [one a conversation]}`.
+fn conversations(turns: &[Value]) -> Option<Vec<Vec<Message>>> {
+    let mut conversations: Vec<Vec<Message>> = Vec::new();
+    for (index, turn) in turns.iter().enumerate() {
+        let (roles, contents) = (turn["role"].as_array()?, turn["content"].as_array()?);
+        if index == 0 {
+            conversations.resize_with(roles.len(), Vec::new);
+        }
+        if roles.len() != conversations.len() || contents.len() != conversations.len() {
+            return None;
+        }
+        for ((role, content), conversation) in roles.iter().zip(contents).zip(&mut conversations) {
+            let role = match role.as_str()?.to_ascii_lowercase().as_str() {
+                "system" => Role::System,
+                "user" => Role::User,
+                "assistant" => Role::Assistant,
+                _ => return None,
+            };
+            conversation.push(Message { role, content: content.as_str()?.to_owned() });
+        }
+    }
+    Some(conversations)
+}
+
 /// Counts beyond any context are all the same.
-fn saturate(count: u64) -> u32 {
+pub(super) fn saturate(count: u64) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
 
 /// A positive number stays positive and finite in single precision.
-fn positive(value: f64) -> f32 {
+pub(super) fn positive(value: f64) -> f32 {
     (value as f32).clamp(f32::MIN_POSITIVE, f32::MAX)
 }
 
@@ -298,9 +335,31 @@ mod tests {
     }
 
     #[test]
+    fn turns_are_collated_conversations() {
+        let turn = |role: [&str; 2], content: [&str; 2]| json!({"role": role, "content": content});
+        let turns = json!([turn(["System", "System"], ["", "s"]), turn(["User", "user"], ["a", "b"])]);
+        let params = with(json!({"sentences": turns})).unwrap();
+        let message = |role, content: &str| Message { role, content: content.into() };
+        let expected = [("", "a"), ("s", "b")]
+            .map(|(system, user)| Sentence::Chat(vec![message(Role::System, system), message(Role::User, user)]));
+        assert_eq!(params.sentences, expected);
+        for turns in [
+            json!([{"role": ["User"], "content": []}]),
+            json!([{"role": ["User"], "content": ["a"]}, {"role": [], "content": []}]),
+            json!([{"role": ["narrator"], "content": ["a"]}]),
+            json!([{"role": "User", "content": "a"}]),
+            json!([{"role": ["User"], "content": [1]}]),
+        ] {
+            refused(json!({"sentences": turns}), SENTENCES);
+        }
+        let turns = json!([{"role": vec!["User"; 129], "content": vec!["a"; 129]}]);
+        assert_eq!(with(json!({"sentences": turns})).unwrap_err(), TOO_MANY);
+    }
+
+    #[test]
     fn more_than_128_sentences_are_too_many() {
         assert_eq!(with(json!({"sentences": vec!["a"; 128]})).unwrap().sentences.len(), 128);
         let refusal = with(json!({"sentences": vec!["a"; 129], "temperature": 0})).unwrap_err();
-        assert_eq!(refusal, Refusal::TooManySentences);
+        assert_eq!(refusal, TOO_MANY);
     }
 }

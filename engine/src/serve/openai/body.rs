@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use crate::chat::{ChatTemplate, Message, Role};
+use crate::end_strings::EOS_ALIAS;
 use crate::engine::EngineInfo;
 use crate::error_chain::error_chain;
 use crate::request::{LogprobSpec, Request, Sampling, StopMatch, Stopping};
@@ -37,6 +38,8 @@ struct Common {
     best_of: Option<u32>,
     seed: Option<i64>,
     stop: Option<OneOrMany>,
+    /// NeMo's name for `stop`; both count.
+    end_strings: Option<Vec<String>>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
 }
@@ -268,11 +271,13 @@ impl ChatMessage {
 
 impl Common {
     fn stop_strings(&self) -> Result<Vec<String>, ApiError> {
-        let strings = match &self.stop {
+        let mut strings = match &self.stop {
             None => Vec::new(),
             Some(OneOrMany::One(string)) => vec![string.clone()],
             Some(OneOrMany::Many(strings)) => strings.clone(),
         };
+        // The end-of-sequence id, which this name stands for, ends every row anyway.
+        strings.extend(self.end_strings.iter().flatten().filter(|end| *end != EOS_ALIAS).cloned());
         match strings.iter().any(String::is_empty) {
             true => Err(ApiError::field("stop", "must not contain an empty string")),
             false => Ok(strings),
@@ -368,6 +373,8 @@ mod tests {
     fn stop_is_a_string_or_a_list() {
         assert_eq!(common(r#"{"stop": "a"}"#).stop_strings().unwrap(), ["a"]);
         assert_eq!(common(r#"{"stop": ["a", "b"]}"#).stop_strings().unwrap(), ["a", "b"]);
+        let both = common(r#"{"stop": "a", "end_strings": ["<|endoftext|>", "b"]}"#);
+        assert_eq!(both.stop_strings().unwrap(), ["a", "b"]);
         assert_eq!(common(r#"{"stop": null}"#).stop_strings().unwrap(), [""; 0]);
     }
 

@@ -11,7 +11,7 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::http::StatusCode;
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::future;
 use serde_json::{Value, json};
@@ -23,6 +23,12 @@ use super::{Server, new_id};
 
 use self::body::{Dialect, Plan};
 use self::choice::{Choice, Piece};
+
+/// With this many rows waiting a request is turned away. Clients of `PUT /generate` are not: they expect to wait.
+const MAX_WAITING_ROWS: usize = 4096;
+
+/// When one that was turned away may ask again.
+const RETRY_AFTER_SECONDS: &str = "5";
 
 pub(super) async fn models(State(server): State<Arc<Server>>) -> Json<Value> {
     let id = &server.engine.info().model_name;
@@ -49,18 +55,22 @@ async fn complete(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
     let body = body.map_err(|error| ApiError { status: error.status(), ..ApiError::invalid(error.body_text()) })?;
+    if server.engine.stats().waiting >= MAX_WAITING_ROWS {
+        return Err(ApiError { status: StatusCode::TOO_MANY_REQUESTS, ..ApiError::invalid("too many rows wait already") });
+    }
     let plan = {
         let server = server.clone();
         let prepare = move || Plan::prepare(dialect, &body, server.engine.info(), &server.tokenizer, &server.chat);
         tokio::task::spawn_blocking(prepare).await.map_err(|error| ApiError::internal(error.to_string()))??
     };
     let answer = Answer::new(&server, &plan);
+    let group = server.engine.new_group();
     let rows = plan
         .rows
         .into_iter()
         .map(|request| {
             let choice = Choice::new(&server.tokenizer, &request.prompt, plan.echo, plan.rules.clone());
-            Ok((TrackedRow::submit(&server.engine, &server.metrics, request)?, choice))
+            Ok((TrackedRow::submit(&server.engine, group, &server.metrics, request)?, choice))
         })
         .collect::<Result<Vec<_>, RowError>>()?;
     if plan.stream {
@@ -201,7 +211,11 @@ impl ApiError {
     }
 
     fn body(&self) -> Value {
-        let kind = if self.status.is_client_error() { "invalid_request_error" } else { "server_error" };
+        let kind = match self.status {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_client_error() => "invalid_request_error",
+            _ => "server_error",
+        };
         json!({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
     }
 }
@@ -220,6 +234,10 @@ impl From<RowError> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        (self.status, Json(self.body())).into_response()
+        let mut response = (self.status, Json(self.body())).into_response();
+        if self.status == StatusCode::TOO_MANY_REQUESTS {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SECONDS));
+        }
+        response
     }
 }
