@@ -117,7 +117,10 @@ impl From<EngineError> for Failure {
             EngineError::Mesh(_) => Exit::DoesNotFit,
             EngineError::Backend(BackendError::OutOfMemory { .. }) => Exit::OutOfMemory,
             EngineError::Backend(_) => Exit::DeviceUnhealthy,
-            EngineError::Connect(_) | EngineError::Collective(_) | EngineError::Control { .. } => Exit::Communication,
+            EngineError::Connect(_)
+            | EngineError::Collective(_)
+            | EngineError::Control { .. }
+            | EngineError::Aborted(_) => Exit::Communication,
             EngineError::Desync(_) => Exit::Rendezvous,
             EngineError::Warmup(RowError::NotFinite) => Exit::Numerical,
             EngineError::Warmup(_) | EngineError::Thread(_) | EngineError::Running(_) => Exit::Internal,

@@ -39,6 +39,9 @@ use crate::state::url_of;
 /// How often a rank says that it is alive, and how far.
 const HEARTBEAT: Duration = Duration::from_millis(500);
 
+/// How long a server may still tell its clients that the engine has failed.
+const LAST_ANSWERS: Duration = Duration::from_millis(200);
+
 pub(crate) fn run(args: &WorkerArgs) -> Outcome {
     // Until the connection to the supervisor takes over this duty.
     set_pdeathsig(Signal::SIGKILL).map_err(anyhow::Error::new)?;
@@ -187,7 +190,13 @@ impl Lifeline {
                     Ok(Down::Drain) => _ = self.drain.send_replace(true),
                     // After the last message this process is ending, and has an error to print.
                     Ok(Down::Stop) if self.post.ended.load(Ordering::Relaxed) => {}
-                    Ok(Down::Stop) => self.leave(0),
+                    Ok(Down::Stop) => {
+                        if let Some(engine) = self.post.engine.get() {
+                            engine.abort("the run is being stopped");
+                            std::thread::sleep(LAST_ANSWERS);
+                        }
+                        self.leave(0)
+                    }
                     Err(error) => {
                         tracing::error!(%error, "the supervisor has gone");
                         self.leave(Exit::Communication as i32);

@@ -165,6 +165,11 @@ impl Engine {
         self.shared.draining.load(Ordering::Acquire)
     }
 
+    /// Declares that the engine has failed for a reason outside of it, so that whoever waits for it gives up. The first reason stays.
+    pub fn abort(&self, reason: &str) {
+        self.shared.fail(EngineError::Aborted(reason.into()));
+    }
+
     /// Why the engine has failed, if it has.
     pub fn failure(&self) -> Option<Arc<EngineError>> {
         self.shared.failed.borrow().clone()
@@ -177,6 +182,16 @@ impl Engine {
             Some(error) => error,
             None => std::future::pending().await,
         }
+    }
+}
+
+impl Shared {
+    fn fail(&self, error: EngineError) {
+        self.failed.send_if_modified(|failed| {
+            let first = failed.is_none();
+            failed.get_or_insert(Arc::new(error));
+            first
+        });
     }
 }
 
@@ -261,7 +276,7 @@ impl<B: Backend, C: Collective<B>> Leader<B, C> {
         if let Err(error) = self.run_steps() {
             let row_error = RowError::EngineFailed(error.to_string());
             // Seen before any row's failure is, so that whoever asks why finds the answer.
-            self.shared.failed.send_replace(Some(Arc::new(error)));
+            self.shared.fail(error);
             let ended = self.scheduler.fail_all(&row_error);
             self.end_rows(ended);
             self.publish();

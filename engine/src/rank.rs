@@ -161,6 +161,8 @@ pub enum EngineError {
     Desync(String),
     #[error("the warm-up token could not be decoded")]
     Warmup(#[source] RowError),
+    #[error("{0}")]
+    Aborted(String),
     #[error("the system refused a thread")]
     Thread(#[from] std::io::Error),
     /// What ended a running engine, shared by all who ask.

@@ -17,7 +17,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use axum::Router;
 use axum::body::{Body, HttpBody as _};
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
@@ -25,6 +24,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use axum::serve::ListenerExt;
+use axum::{Json, Router};
 use futures_util::{StreamExt as _, stream};
 use subtle::ConstantTimeEq;
 
@@ -138,10 +138,23 @@ fn router(server: Arc<Server>) -> Router {
         .route("/metrics", get(metrics_text))
         .route("/openapi.json", get(|| async { ([(header::CONTENT_TYPE, "application/json")], OPENAPI) }))
         .fallback(not_found)
+        .layer(middleware::from_fn_with_state(server.clone(), give_up))
         .layer(middleware::from_fn_with_state(server.clone(), authorize))
         .layer(middleware::from_fn_with_state(server.clone(), observe))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(server)
+}
+
+/// A request that waits for the engine is answered when the engine fails, whatever else the engine's thread is doing.
+async fn give_up(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
+    tokio::select! {
+        biased;
+        response = next.run(request) => response,
+        error = server.engine.failed() => {
+            let message = format!("Internal Server Error: the engine has failed: {}", error_chain(&*error));
+            (StatusCode::INTERNAL_SERVER_ERROR, Json(serde_json::json!({ "message": message }))).into_response()
+        }
+    }
 }
 
 /// The process answers and its engine has not failed.
@@ -285,7 +298,8 @@ mod tests {
     fn every_route_is_described() {
         let document: serde_json::Value = serde_json::from_str(OPENAPI).unwrap();
         let described: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
-        let missing: Vec<&str> = ROUTES.into_iter().filter(|route| !described.iter().any(|path| path == route)).collect();
+        let missing: Vec<&str> =
+            ROUTES.into_iter().filter(|route| !described.iter().any(|path| path == route)).collect();
         assert_eq!((missing, described.len()), (vec![], ROUTES.len()));
     }
 }
