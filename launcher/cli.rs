@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::PossibleValuesParser;
+use clap::builder::{NonEmptyStringValueParser, PossibleValuesParser};
 use clap::{Args, ColorChoice, CommandFactory, Parser, Subcommand, ValueEnum};
 use nemotron_engine::job::JobSampling;
 
@@ -89,7 +89,7 @@ pub struct EngineArgs {
     #[arg(long, value_name = "PROFILE")]
     pub profile: Option<String>,
     /// Directory of the checkpoint, or `builtin`
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = NonEmptyStringValueParser::new())]
     pub model: Option<String>,
     /// Ranks that split every layer (tensor parallelism): 1, 2, 4 or 8
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -144,7 +144,7 @@ pub struct LaunchArgs {
     #[arg(long, value_name = "CLUSTER", help_heading = "Launching")]
     pub cluster: Option<String>,
     /// Name of the run; made up when not given
-    #[arg(long, value_name = "NAME", help_heading = "Launching")]
+    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new(), help_heading = "Launching")]
     pub name: Option<String>,
     /// Resolve, plan and check, then stop before anything is started
     #[arg(long, help_heading = "Launching")]

@@ -70,7 +70,11 @@ impl Client {
     }
 
     fn unanswered(&self, error: reqwest::Error) -> Failure {
-        let what = if error.is_timeout() {
+        let mut exit = Exit::Internal;
+        let what = if error.is_builder() {
+            exit = Exit::Usage;
+            format!("{} is not the URL of a server", self.url)
+        } else if error.is_timeout() {
             format!("no answer from {} in time", self.url)
         } else if error.is_connect() {
             format!("nothing answers at {}", self.url)
@@ -78,7 +82,7 @@ impl Client {
             format!("the connection to {} failed", self.url)
         };
         let unreachable = error.is_connect();
-        let failure = Failure::new(Exit::Internal, anyhow::Error::new(error.without_url()).context(what));
+        let failure = Failure::new(exit, anyhow::Error::new(error.without_url()).context(what));
         if unreachable { failure.hint("`nemotron status` shows what is running") } else { failure }
     }
 
@@ -188,6 +192,14 @@ mod tests {
         assert!(failure.to_string().contains("not like that"));
         let failure = refused("HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\n\r\n");
         assert!(failure.to_string().contains("--token-file"), "{failure}");
+    }
+
+    #[test]
+    fn what_is_no_url_is_a_usage_error() {
+        for url in ["not a url", "ftp://host"] {
+            let failure = Client::new(url, None, None).unwrap().generate(&request()).unwrap_err();
+            assert_eq!(failure.exit, Exit::Usage, "{url}: {failure}");
+        }
     }
 
     #[test]

@@ -95,6 +95,7 @@ fn rows_that_do_not_fit_fail_alone() {
     let dir = JobDir::new(&rows, sampling);
     let (code, stderr) = dir.run();
     assert_eq!(code, 31, "{stderr}");
+    assert!(stderr.contains("1 of 2 rows failed, at most 0 may; the first: "), "{stderr}");
     let lines = dir.output();
     assert_eq!(lines[0]["finish_reason"], "error");
     assert_eq!(
@@ -118,6 +119,13 @@ fn a_bad_input_is_named_by_line_and_nothing_is_written() {
     assert_eq!(code, 2);
     assert!(stderr.contains("in.jsonl: line 2: the id \"a\" is that of line 1 already"), "{stderr}");
     assert_eq!(fs::read_to_string(dir.path().join("out.jsonl")).expect("still there"), "old");
+}
+
+#[test]
+fn an_input_without_rows_is_an_error() {
+    let (code, stderr) = JobDir::new(&[], "").run();
+    assert_eq!(code, 2);
+    assert!(stderr.contains("in.jsonl: there is no row in it"), "{stderr}");
 }
 
 #[test]

@@ -66,6 +66,10 @@ fn usage_errors_end_with_2() {
         "nonsense",
         "batch --job missing.toml",
         "completions no-such-shell",
+        "launch --profile cpu --serve --name=",
+        "serve --model=",
+        "serve --set kv_tokens=0",
+        "generate --url ftp://somewhere --prompt x",
     ] {
         let (code, stdout, stderr) = run(line);
         assert_eq!((code, stdout.as_str()), (2, ""), "{line}: {stderr}");

@@ -198,6 +198,9 @@ fn a_drain_lets_a_request_finish() {
         assert!(!matches!(status["phase"].as_str(), Some("DONE" | "FAILED")), "{status}");
         status["stats"]["running"].as_u64() > Some(0) || status["stats"]["finished_rows"].as_u64() > Some(0)
     });
+    // As `timeout` does: to the command, and again to its process group.
+    server.signal(Signal::SIGTERM);
+    std::thread::sleep(Duration::from_millis(20));
     server.signal(Signal::SIGTERM);
     let answer = client.wait_with_output().unwrap();
     assert!(answer.status.success() && answer.stdout.len() > 100, "{answer:?}");

@@ -15,6 +15,7 @@ use tempfile::TempDir;
 
 mod generate;
 mod openai;
+mod reference;
 
 /// The single-turn prompt of the recipe.
 const PROMPT: &str = "<extra_id_0>System\n\n<extra_id_1>User\nWrite a poem on NVIDIA in the style of Shakespeare\n<extra_id_1>Assistant\n";

@@ -1,4 +1,4 @@
-use std::io::Read as _;
+use std::io::{ErrorKind, Read as _};
 use std::path::PathBuf;
 
 use anyhow::Context as _;
@@ -30,7 +30,10 @@ fn read_prompt(argument: &str) -> Outcome<String> {
         return Ok(argument.to_owned());
     }
     let mut text = String::new();
-    std::io::stdin().read_to_string(&mut text).context("cannot read the prompt from stdin")?;
+    std::io::stdin().read_to_string(&mut text).map_err(|error| {
+        let exit = if error.kind() == ErrorKind::InvalidData { Exit::Usage } else { Exit::Internal };
+        Failure::new(exit, anyhow::Error::new(error).context("cannot read the prompt from stdin"))
+    })?;
     // The line end of `echo` and of files is not part of the prompt.
     Ok(text.strip_suffix('\n').unwrap_or(&text).to_owned())
 }

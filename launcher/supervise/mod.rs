@@ -42,6 +42,8 @@ const TICK: Duration = Duration::from_millis(50);
 const SNAPSHOT: Duration = Duration::from_millis(500);
 /// Faults that follow from the same cause arrive within this time.
 const COLLECT: Duration = Duration::from_millis(300);
+/// Within this time, the same signal again is an echo and not impatience.
+const ECHO: Duration = Duration::from_millis(300);
 /// From "stop" to SIGKILL.
 const GRACE: Duration = Duration::from_secs(1);
 /// Lines of a failed rank's log that are shown.
@@ -358,6 +360,8 @@ impl<'a> Supervisor<'a> {
                 }
             }
             Course::Running => self.finish(Verdict::cancelled(exit_of(signal), format!("{signal} stopped it"))),
+            // `timeout` signals its command and then the command's process group: the same wish, heard twice.
+            Course::Draining { .. } if self.asked_by == Some(signal) && self.phase_began.elapsed() < ECHO => {}
             Course::Draining { .. } => {
                 self.finish(Verdict::cancelled(exit_of(signal), format!("a second signal ({signal}) cut it short")));
             }

@@ -72,7 +72,10 @@ pub(super) fn read(
             let path = dir.join(path);
             let error = |reason: String| JobError::Input { path: path.clone(), reason };
             let open = File::open(&path).map_err(|source| error(source.to_string()))?;
-            read_lines(BufReader::new(open), limit, |prompt| encoder.encode(prompt)).map_err(error)
+            match read_lines(BufReader::new(open), limit, |prompt| encoder.encode(prompt)) {
+                Ok(rows) if rows.is_empty() && limit > 0 => Err(error("there is no row in it".into())),
+                rows => rows.map_err(error),
+            }
         }
         (None, Some(prompts)) => {
             let rows = prompts.iter().take(limit).enumerate().map(|(index, prompt)| {

@@ -11,6 +11,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::request::RowError;
+
 pub use self::run::{Job, JobMeasure};
 
 /// A job file. Field by field the contract that users write.
@@ -139,8 +141,8 @@ pub enum JobError {
         #[source]
         source: std::io::Error,
     },
-    #[error("{failed} of {total} rows failed; at most {allowed} may")]
-    TooManyFailed { failed: u64, total: u64, allowed: u64 },
+    #[error("{failed} of {total} rows failed, at most {allowed} may; the first: {first}")]
+    TooManyFailed { failed: u64, total: u64, allowed: u64, first: RowError },
     #[error("the engine failed: {0}")]
     Engine(String),
     #[error("stopped before the end")]

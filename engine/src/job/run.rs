@@ -126,6 +126,7 @@ impl Job {
         progress(done);
         let mut in_flight = FuturesUnordered::new();
         let mut next = 0;
+        let mut first_failure = None;
         while output.num_written() < total {
             while next < total && in_flight.len() < MAX_IN_FLIGHT && next - output.num_written() < MAX_AHEAD {
                 let (index, row, sample) = (next, &self.rows[next / samples], (next % samples) as u32);
@@ -150,15 +151,18 @@ impl Job {
                     done.prompt_tokens += outcome.prompt_tokens as u64;
                     done.completion_tokens += outcome.completion_tokens as u64;
                 }
-                Err(_) => done.rows_failed += 1,
+                Err(error) => {
+                    done.rows_failed += 1;
+                    first_failure.get_or_insert_with(|| error.clone());
+                }
             }
             output.put(index, output_line(row, sample, self.seed(row, sample), result))?;
             progress(done);
         }
         output.finish()?;
         let allowed = (self.generation.max_failed * total as f64).floor() as u64;
-        if done.rows_failed > allowed {
-            return Err(JobError::TooManyFailed { failed: done.rows_failed, total: total as u64, allowed });
+        if let Some(first) = first_failure.filter(|_| done.rows_failed > allowed) {
+            return Err(JobError::TooManyFailed { failed: done.rows_failed, total: total as u64, allowed, first });
         }
         Ok(done)
     }
