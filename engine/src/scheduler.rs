@@ -51,7 +51,12 @@ impl Scheduler {
 
     pub fn add(&mut self, sequence: Sequence) {
         // A group's rows come one after the other, so its queue is most often the last.
-        match self.waiting.iter_mut().rev().find(|group| group.front().is_some_and(|first| first.group == sequence.group)) {
+        match self
+            .waiting
+            .iter_mut()
+            .rev()
+            .find(|group| group.front().is_some_and(|first| first.group == sequence.group))
+        {
             Some(group) => group.push_back(sequence),
             None => self.waiting.push_back(VecDeque::from([sequence])),
         }

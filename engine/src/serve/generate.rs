@@ -252,12 +252,8 @@ pub(super) async fn run(server: &Server, prompts: Vec<BatchPrompt>) -> Result<Ve
     let group = server.engine.new_group();
     let mut rows = Vec::with_capacity(prompts.len());
     for BatchPrompt { text, request } in prompts {
-        let generated = Generated {
-            text,
-            prompt_len: request.prompt.len(),
-            ids: request.prompt.clone(),
-            logprobs: Vec::new(),
-        };
+        let generated =
+            Generated { text, prompt_len: request.prompt.len(), ids: request.prompt.clone(), logprobs: Vec::new() };
         rows.push(collect(TrackedRow::submit(&server.engine, group, &server.metrics, request)?, generated));
     }
     future::try_join_all(rows).await

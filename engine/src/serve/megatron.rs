@@ -32,7 +32,8 @@ async fn answer(server: &Arc<Server>, request: Request) -> Result<Response, Resp
         rows.iter_mut().for_each(drop_last);
     }
     let text: Vec<String> = rows.iter().map(|row| sentence(row, &server.tokenizer)).collect();
-    let pieces = |row: &Generated| row.ids.iter().map(|&id| server.tokenizer.piece(id).replace('\u{2581}', " ")).collect();
+    let pieces =
+        |row: &Generated| row.ids.iter().map(|&id| server.tokenizer.piece(id).replace('\u{2581}', " ")).collect();
     let segments: Vec<Vec<String>> = rows.iter().map(pieces).collect();
     let logprobs = logprobs.then(|| rows.iter().map(|row| &row.logprobs).collect::<Vec<_>>());
     Ok(json_line(StatusCode::OK, &json!({"text": text, "segments": segments, "logprobs": logprobs})))
@@ -87,7 +88,9 @@ fn validate(body: Value) -> Result<(Params, bool), Refusal> {
     if top_p > 0.0 && top_k > 0 {
         return invalid("cannot set both top-k and top-p samplings.");
     }
-    for (name, text) in [("top_p_decay", "top_p_decay is not supported"), ("top_p_bound", "top_p_bound is not supported")] {
+    for (name, text) in
+        [("top_p_decay", "top_p_decay is not supported"), ("top_p_bound", "top_p_bound is not supported")]
+    {
         fields.number(name, 0.0, |value| value == 0.0, text)?;
     }
     let add_bos = fields.bool("add_BOS")?;

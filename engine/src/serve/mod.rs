@@ -285,7 +285,8 @@ mod tests {
     fn every_route_is_described() {
         let document: serde_json::Value = serde_json::from_str(OPENAPI).unwrap();
         let described: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
-        let missing: Vec<&str> = ROUTES.into_iter().filter(|route| !described.iter().any(|path| path == route)).collect();
+        let missing: Vec<&str> =
+            ROUTES.into_iter().filter(|route| !described.iter().any(|path| path == route)).collect();
         assert_eq!((missing, described.len()), (vec![], ROUTES.len()));
     }
 }

@@ -56,7 +56,10 @@ async fn complete(
 ) -> Result<Response, ApiError> {
     let body = body.map_err(|error| ApiError { status: error.status(), ..ApiError::invalid(error.body_text()) })?;
     if server.engine.stats().waiting >= MAX_WAITING_ROWS {
-        return Err(ApiError { status: StatusCode::TOO_MANY_REQUESTS, ..ApiError::invalid("too many rows wait already") });
+        return Err(ApiError {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            ..ApiError::invalid("too many rows wait already")
+        });
     }
     let plan = {
         let server = server.clone();
