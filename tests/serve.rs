@@ -13,8 +13,11 @@ use reqwest::{Client, Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+mod conformance;
 mod generate;
+mod manners;
 mod openai;
+mod python;
 mod reference;
 
 /// The single-turn prompt of the recipe.
@@ -25,7 +28,7 @@ struct Server {
     child: Child,
     url: String,
     client: Client,
-    _home: TempDir,
+    home: TempDir,
 }
 
 impl Server {
@@ -52,7 +55,7 @@ impl Server {
         BufReader::new(child.stdout.take().expect("piped")).read_line(&mut url).expect("stdout is text");
         let url = url.trim().trim_end_matches('/').to_owned();
         assert!(url.starts_with("http://"), "no URL on stdout: {url:?}");
-        Self { child, url, client: Client::builder().no_proxy().build().expect("a client"), _home: home }
+        Self { child, url, client: Client::builder().no_proxy().build().expect("a client"), home }
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
@@ -91,6 +94,21 @@ impl Server {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         panic!("{line} never came");
+    }
+
+    /// The value of a metric without labels.
+    async fn metric(&self, name: &str) -> u64 {
+        let text = self.get("/metrics").await.1;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {name} in {text}"))
+    }
+
+    /// The supervisor and its ranks.
+    fn processes(&self) -> Vec<i32> {
+        let pid = self.child.id();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("it runs");
+        let children = children.split_whitespace().map(|pid| pid.parse().expect("a number"));
+        std::iter::once(pid.cast_signed()).chain(children).collect()
     }
 
     fn address(&self) -> &str {

@@ -1,0 +1,124 @@
+//! What people run: the recipe's script, OpenAI's client, and a fuzzer of OpenAPI documents. Each needs packages from PyPI; where they cannot
+//! be had, the test says so and is skipped.
+
+use std::process::Output;
+use std::sync::OnceLock;
+
+use super::*;
+use crate::support::root;
+
+/// A Python with `openai`, `requests` and `schemathesis`, made once.
+fn python() -> Option<&'static Path> {
+    static PYTHON: OnceLock<Option<std::path::PathBuf>> = OnceLock::new();
+    let made = PYTHON.get_or_init(|| {
+        let home = root().join("target/python");
+        let python = home.join("bin/python");
+        let run = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
+        let usable = || run(Command::new(&python).args(["-c", "import openai, requests, schemathesis"]));
+        let make = || {
+            run(Command::new("timeout").args(["120", "python3", "-m", "venv"]).arg(&home))
+                && run(Command::new("timeout").args(["120"]).arg(&python).args([
+                    "-m",
+                    "pip",
+                    "install",
+                    "-q",
+                    "openai~=3.54",
+                    "requests",
+                    "schemathesis~=4.32",
+                ]))
+        };
+        (usable() || make() && usable()).then_some(python)
+    });
+    if made.is_none() {
+        println!("skipped: no Python with openai, requests and schemathesis, and it cannot be made");
+    }
+    made.as_deref()
+}
+
+/// Runs a command that must end in time and succeed; its standard output.
+fn succeed(seconds: u32, command: &[&str], home: &Path) -> String {
+    let Output { status, stdout, stderr } = Command::new("timeout")
+        .arg(seconds.to_string())
+        .args(command)
+        .current_dir(home)
+        .env_remove("http_proxy")
+        .env_remove("HTTP_PROXY")
+        .env("NO_PROXY", "*")
+        .output()
+        .expect("timeout is there");
+    let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+    assert!(status.success(), "{command:?}: {status}\n{stdout}\n{stderr}");
+    stdout.into_owned()
+}
+
+fn program(name: &str) -> String {
+    root().join("tests/python").join(name).display().to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_recipes_client_prints_a_poem() {
+    let server = Server::start();
+    let port = server.address().rsplit_once(':').expect("a port").1;
+    succeed(30, &["bash", &program("poll.sh"), port], server.home.path());
+    let Some(python) = python().and_then(Path::to_str) else { return };
+    let poem = succeed(60, &[python, &program("call_server.py"), port], server.home.path());
+    assert!(poem.lines().count() > 2 && !poem.contains("<extra_id"), "{poem}");
+    let reply = server
+        .generate(json!({"tokens_to_generate": 1024, "end_strings": ["<|endoftext|>", "<extra_id_1>", "\u{11}", "<extra_id_1>User"]}))
+        .await;
+    assert_eq!(poem, reply.completion().trim_end_matches("<extra_id_1>").to_owned() + "\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn openais_client_works() {
+    let Some(python) = python().and_then(Path::to_str) else { return };
+    let server = Server::start_with(|home| {
+        let file = home.join("token");
+        std::fs::write(&file, "s3cret\n").expect("a token file");
+        vec!["--token-file".into(), file.display().to_string()]
+    });
+    let url = format!("{}/v1", server.url);
+    let text = succeed(120, &[python, &program("openai_client.py"), &url, "s3cret"], server.home.path());
+    assert!(!text.trim().is_empty());
+}
+
+/// `NEMOTRON_TEST_FUZZ_SECONDS` makes it longer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fuzzer_finds_nothing() {
+    let Some(python) = python().and_then(Path::to_str) else { return };
+    let server = Server::start();
+    let (_, document) = server.get("/openapi.json").await;
+    let mut document: Value = serde_json::from_str(&document).expect("JSON");
+    // Short rows: this is not about speed.
+    for (schema, limits) in [
+        ("GenerateRequest", &[("tokens_to_generate", 8)][..]),
+        ("MegatronRequest", &[("tokens_to_generate", 8)]),
+        ("CompletionRequest", &[("max_tokens", 8), ("n", 3)]),
+        ("ChatRequest", &[("max_tokens", 8), ("max_completion_tokens", 8), ("n", 3)]),
+    ] {
+        let schema = &mut document["components"]["schemas"][schema];
+        for (field, limit) in limits {
+            schema["properties"][field]["maximum"] = json!(limit);
+            if *field != "n" {
+                schema["required"].as_array_mut().expect("a list").push(json!(field));
+            }
+        }
+    }
+    let path = server.home.path().join("openapi.json");
+    std::fs::write(&path, document.to_string()).expect("written");
+    let checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance";
+    let (path, url) = (path.display().to_string(), format!("--url={}", server.url));
+    let seconds = std::env::var("NEMOTRON_TEST_FUZZ_SECONDS").unwrap_or_else(|_| "25".into());
+    let limit = format!("--max-time={seconds}");
+    let mut command = vec![python, "-m", "schemathesis.cli", "run", &path, &url, "--checks", checks];
+    command.extend([
+        "--max-examples=20",
+        &limit,
+        "--phases=examples,coverage,fuzzing",
+        "--seed=1",
+        "--request-timeout=30",
+    ]);
+    command.extend(["--suppress-health-check=all", "--no-color"]);
+    succeed(600, &command, server.home.path());
+    server.generate(json!({})).await;
+}
