@@ -11,6 +11,7 @@ pub(crate) mod launch;
 pub(crate) mod logs;
 pub(crate) mod plan;
 pub(crate) mod profiles;
+pub(crate) mod render;
 pub(crate) mod serve;
 pub(crate) mod status;
 pub(crate) mod supervise;

@@ -1,0 +1,4 @@
+//! What Slurm says, as text: pure parsers, no commands.
+
+pub mod hostlist;
+pub mod parse;
