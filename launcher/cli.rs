@@ -49,6 +49,9 @@ pub enum Command {
     /// List or show the built-in and your own profiles
     #[command(subcommand)]
     Profiles(ProfilesCommand),
+    /// List or show the built-in and your own cluster files
+    #[command(subcommand)]
+    Clusters(ClustersCommand),
     /// Describe a checkpoint: format, architecture, tensors, tokenizer, files
     Inspect(InspectArgs),
     /// Show runs, or the phase, ranks and progress of one
@@ -275,6 +278,33 @@ pub enum ProfilesCommand {
         json: bool,
     },
     /// One profile's keys
+    Show {
+        /// A name or a .toml file
+        name: String,
+        /// Print one JSON object on stdout
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ClustersCommand {
+    /// All cluster files, one a line
+    List {
+        /// Print one JSON object on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a cluster file from what sinfo reports here
+    Init {
+        /// Partition to write it for; the one with devices when not given
+        #[arg(short, long, value_name = "PARTITION")]
+        partition: Option<String>,
+        /// File to write; stdout when not given. An existing one is not touched
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// One cluster file
     Show {
         /// A name or a .toml file
         name: String,

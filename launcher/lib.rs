@@ -72,6 +72,7 @@ fn run(command: Command) -> Outcome {
         Command::Render(args) => commands::render::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
         Command::Profiles(command) => commands::profiles::run(&command),
+        Command::Clusters(command) => commands::clusters::run(&command),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Status(args) => commands::status::run(&args),
         Command::Logs(args) => commands::logs::run(&args),

@@ -205,7 +205,7 @@ fn directive_name(option: &str) -> Outcome<&str> {
 }
 
 fn is_plain(value: &str) -> bool {
-    !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_./:,@%+=-".contains(&byte))
+    !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_./:,@%+-".contains(&byte))
 }
 
 /// A text in a comment of the script.

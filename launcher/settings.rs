@@ -119,6 +119,16 @@ impl Settings {
         Ok(Self { values, job_overrides: Overrides::new() })
     }
 
+    /// One cluster file alone.
+    ///
+    /// # Errors
+    /// A key is unknown, or a value is not of its kind.
+    pub fn of_cluster(name: &str, document: &Document, environment: &Environment) -> Outcome<Self> {
+        let mut values = file_layer(document, &[], Source::Cluster, environment)?;
+        values.insert("cluster".into(), (name.into(), Source::Cluster(document.label.clone())));
+        Ok(Self { values, job_overrides: Overrides::new() })
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Value, &Source)> {
         self.values.iter().map(|(key, (value, source))| (key.as_str(), value, source))
     }

@@ -5,6 +5,7 @@
 mod batch;
 mod cli;
 mod local;
+mod render;
 mod serve;
 mod support;
 mod tidy;

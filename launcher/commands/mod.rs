@@ -2,6 +2,7 @@
 
 pub(crate) mod batch;
 pub(crate) mod cancel;
+pub(crate) mod clusters;
 pub(crate) mod completions;
 pub(crate) mod endpoint;
 pub(crate) mod events;
