@@ -42,11 +42,16 @@ pub struct GlobalArgs {
 pub enum Command {
     /// Start a run: serve the model, or work through a job file
     Launch(LaunchArgs),
+    /// Print the batch script that launch would submit
+    Render(RenderArgs),
     /// Say whether a model fits a profile, how much KV cache is left, and how fast it can be
     Plan(PlanArgs),
     /// List or show the built-in and your own profiles
     #[command(subcommand)]
     Profiles(ProfilesCommand),
+    /// List or show the built-in and your own cluster files
+    #[command(subcommand)]
+    Clusters(ClustersCommand),
     /// Describe a checkpoint: format, architecture, tensors, tokenizer, files
     Inspect(InspectArgs),
     /// Show runs, or the phase, ranks and progress of one
@@ -129,6 +134,36 @@ pub struct EndpointOptions {
     pub strict: bool,
 }
 
+/// What to ask Slurm for; the letters are those of sbatch.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Slurm")]
+pub struct SlurmArgs {
+    /// Account that is charged
+    #[arg(short = 'A', long, value_name = "ACCOUNT")]
+    pub account: Option<String>,
+    /// Partition
+    #[arg(short, long, value_name = "PARTITION")]
+    pub partition: Option<String>,
+    /// Quality of service
+    #[arg(long, value_name = "QOS")]
+    pub qos: Option<String>,
+    /// Time limit: minutes, HH:MM:SS or D-HH:MM:SS
+    #[arg(short, long, value_name = "TIME", value_parser = crate::slurm::parse::time_limit_flag)]
+    pub time: Option<Duration>,
+    /// Features that the nodes must have
+    #[arg(short = 'C', long, value_name = "LIST")]
+    pub constraint: Option<String>,
+    /// Reservation
+    #[arg(long, value_name = "NAME")]
+    pub reservation: Option<String>,
+    /// Nodes that must be among the job's
+    #[arg(short = 'w', long, value_name = "HOSTS")]
+    pub nodelist: Option<String>,
+    /// Nodes that must not be
+    #[arg(short = 'x', long, value_name = "HOSTS")]
+    pub exclude: Option<String>,
+}
+
 #[derive(Clone, Debug, Default, Args)]
 #[command(after_help = "Examples:
   nemotron launch --profile cpu --serve
@@ -140,6 +175,8 @@ pub struct LaunchArgs {
     pub task: TaskArgs,
     #[command(flatten)]
     pub endpoint: EndpointOptions,
+    #[command(flatten)]
+    pub slurm: SlurmArgs,
     /// Cluster: a name or a .toml file
     #[arg(long, value_name = "CLUSTER", help_heading = "Launching")]
     pub cluster: Option<String>,
@@ -181,6 +218,36 @@ pub struct TaskArgs {
     pub job: Option<PathBuf>,
 }
 
+#[derive(Clone, Debug, Default, Args)]
+#[command(after_help = "Examples:
+  nemotron render --profile h100x16 --cluster dgx-h100-ib --serve
+  nemotron render --profile h100x16 --cluster dgx-h100-ib --serve --explain")]
+pub struct RenderArgs {
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub task: TaskArgs,
+    #[command(flatten)]
+    pub endpoint: EndpointOptions,
+    #[command(flatten)]
+    pub slurm: SlurmArgs,
+    /// Cluster: a name or a .toml file
+    #[arg(long, value_name = "CLUSTER", help_heading = "Rendering")]
+    pub cluster: Option<String>,
+    /// Name of the run; that of the profile when not given
+    #[arg(long, value_name = "NAME", help_heading = "Rendering")]
+    pub name: Option<String>,
+    /// Write job.sbatch and run.lock.toml into this folder instead
+    #[arg(short, long, value_name = "DIR", help_heading = "Rendering")]
+    pub output: Option<PathBuf>,
+    /// Show each value and where it came from instead
+    #[arg(long, conflicts_with_all = ["output", "diff"], help_heading = "Rendering")]
+    pub explain: bool,
+    /// Show what differs from the script of an earlier run instead
+    #[arg(long, value_name = "RUN", conflicts_with = "output", help_heading = "Rendering")]
+    pub diff: Option<String>,
+}
+
 /// How far `launch --wait` and `wait --for` go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum WaitFor {
@@ -213,6 +280,33 @@ pub enum ProfilesCommand {
         json: bool,
     },
     /// One profile's keys
+    Show {
+        /// A name or a .toml file
+        name: String,
+        /// Print one JSON object on stdout
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ClustersCommand {
+    /// All cluster files, one a line
+    List {
+        /// Print one JSON object on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a cluster file from what sinfo reports here
+    Init {
+        /// Partition to write it for; the one with devices when not given
+        #[arg(short, long, value_name = "PARTITION")]
+        partition: Option<String>,
+        /// File to write; stdout when not given. An existing one is not touched
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// One cluster file
     Show {
         /// A name or a .toml file
         name: String,

@@ -4,6 +4,7 @@ use nemotron_engine::config::Mesh;
 use nemotron_engine::rank::Device;
 use serde::Serialize;
 
+use crate::cluster::LOCAL;
 use crate::host::Host;
 use crate::report::{Exit, Failure, Outcome};
 use crate::settings::Settings;
@@ -40,19 +41,31 @@ pub struct Hardware {
 pub fn layout(settings: &Settings, device: Device) -> Outcome<(Mesh, usize, usize)> {
     let count = |key| settings.count(key).unwrap_or(1);
     let mut mesh = Mesh { tp: count("mesh.tp"), pp: count("mesh.pp") };
-    let (nodes, per_node) = (count("hardware.nodes"), count("hardware.devices_per_node"));
+    let (mut nodes, mut per_node) = (count("hardware.nodes"), count("hardware.devices_per_node"));
     let world = mesh.tp.saturating_mul(mesh.pp);
-    if device == Device::Cpu {
+    let asked = |key| settings.is_requested(key);
+    let on_this_machine = settings.text("cluster").is_none_or(|cluster| cluster == LOCAL);
+    if device == Device::Cpu && (on_this_machine || nodes == 1) {
         if nodes > 1 && settings.is_requested("hardware.nodes") {
             return Err(Failure::msg(Exit::Usage, "device cpu runs on one host"));
         }
         return Ok((mesh, 1, world));
     }
+    if let Some(most) = settings.count("hardware.gpus_per_node").filter(|most| per_node > *most) {
+        let keys = ["mesh.tp", "mesh.pp", "hardware.nodes", "hardware.devices_per_node"];
+        if keys.into_iter().any(asked) || !world.is_multiple_of(most) {
+            let message = format!("the run wants {per_node} devices of one node, the cluster's nodes have {most}");
+            return Err(Failure::msg(Exit::DoesNotFit, message).hint(format!("set devices_per_node={most}")));
+        }
+        // A tensor-parallel group stays on one node.
+        (nodes, per_node) = (world / most, most);
+        mesh.tp = mesh.tp.min(most);
+        mesh.pp = world / mesh.tp;
+    }
     let devices = nodes.saturating_mul(per_node);
     if world == devices {
         return Ok((mesh, nodes, per_node));
     }
-    let asked = |key| settings.is_requested(key);
     if !asked("hardware.nodes") && !asked("hardware.devices_per_node") {
         if world <= per_node {
             return Ok((mesh, 1, world));

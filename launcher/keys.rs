@@ -2,6 +2,8 @@
 
 use toml::Value;
 
+use crate::slurm::parse::time_limit;
+
 /// A configuration key.
 #[derive(Debug)]
 pub struct Key {
@@ -30,8 +32,15 @@ pub enum Kind {
     /// Seconds as a number, or a text such as `90s`, `5m`, `2h`; kept as seconds.
     Duration,
     OneOf(&'static [&'static str]),
+    /// A list of texts; as plain text, separated by commas.
+    Texts,
+    /// As `sbatch --time`: `90` minutes, `2:30:00`, `1-12`; kept as seconds.
+    TimeLimit,
+    /// A table whose names are free; each entry `name.ENTRY` is a text of its own.
+    Entries,
 }
 
+const GPU_REQUESTS: &[&str] = &["gpus-per-node", "gres", "gpus-per-task", "none"];
 const FROM_PROFILE: &str = "from the profile";
 
 #[rustfmt::skip]
@@ -61,6 +70,41 @@ pub const KEYS: &[Key] = &[
     key("serve.no_auth", Some("no_auth"), Kind::Flag, "false", "ask clients for no token"),
     key("serve.token_file", Some("token_file"), Kind::Path, "the run's own", "file that holds the clients' token"),
     key("serve.strict", Some("strict"), Kind::Flag, "false", "status 400 for invalid requests"),
+    key("slurm.account", Some("account"), Kind::Text, "none", "account that is charged"),
+    key("slurm.partition", Some("partition"), Kind::Text, "Slurm's own", "partition"),
+    key("slurm.qos", Some("qos"), Kind::Text, "none", "quality of service"),
+    key("slurm.time", Some("time"), Kind::TimeLimit, "the partition's", "time limit, as sbatch takes it"),
+    key("slurm.constraint", Some("constraint"), Kind::Text, "none", "features that the nodes must have"),
+    key("slurm.reservation", Some("reservation"), Kind::Text, "none", "reservation"),
+    key("slurm.nodelist", Some("nodelist"), Kind::Text, "none", "nodes that must be among the job's"),
+    key("slurm.exclude", Some("exclude"), Kind::Text, "none", "nodes that must not be"),
+    key("slurm.exclusive", None, Kind::Flag, "false", "share the nodes with no other job"),
+    key("slurm.requeue", None, Kind::Flag, "false", "let Slurm start the job again after a node failed or it was preempted"),
+    key("slurm.extra", None, Kind::Texts, "none", "further options of sbatch, such as --mail-type=END"),
+    key("slurm.binary", None, Kind::Path, "this executable", "nemotron as the compute nodes see it"),
+    key("slurm.template", None, Kind::Path, "the one in the binary", "template of the batch script"),
+    key("slurm.quirks.gpu_request", None, Kind::OneOf(GPU_REQUESTS), "gpus-per-node", "how devices are asked for; cpu asks for none"),
+    key("slurm.quirks.gres_type", None, Kind::Text, "none", "type of device in the request, such as h100"),
+    key("slurm.quirks.mem", None, Kind::Text, "the partition's", "memory of a node, as sbatch takes it; 0 is all of it"),
+    key("slurm.quirks.cpus_per_task", Some("cpus_per_task"), Kind::Count, "the partition's", "processors of one rank"),
+    key("slurm.quirks.switches", None, Kind::Count, "none", "leaf switches that the nodes may lie on at most"),
+    key("slurm.quirks.sacct", None, Kind::Flag, "true", "ask sacct about jobs that have ended"),
+    key("hardware.gpu", None, Kind::Text, "any", "device of the cluster's nodes; the profile must be for the same"),
+    key("hardware.gpus_per_node", None, Kind::Count, "any", "devices of one of the cluster's nodes; larger groups are split"),
+    key("container.runtime", None, Kind::OneOf(&["none", "pyxis", "apptainer"]), "none", "what ranks run in"),
+    key("container.image", None, Kind::Text, "none", "image that ranks run in"),
+    key("container.mounts", None, Kind::Texts, "none", "SOURCE:TARGET[:OPTIONS] in the container, besides run directory, model and binary"),
+    key("container.mount_home", None, Kind::Flag, "false", "the home directory in the container too"),
+    key("fabric.preset", None, Kind::Text, "none", "network between the nodes: a file in fabrics/"),
+    key("fabric.interface", None, Kind::Text, "NCCL's choice", "network interface on which ranks find each other"),
+    key("fabric.env", None, Kind::Entries, "the preset's", "variables of the network, where the job does not have them yet"),
+    key("env.pass", None, Kind::Texts, "none", "variables of the submitting shell that the job gets"),
+    key("env.source", None, Kind::Texts, "none", "shell files that the batch script reads first"),
+    key("env.set", None, Kind::Entries, "none", "variables of the job"),
+    key("secrets.names", None, Kind::Texts, "none", "variables of the submitting shell that the job gets from a file that only you can read"),
+    key("limits.max_nodes", None, Kind::Count, "none", "nodes that a run may ask for here"),
+    key("limits.max_time", None, Kind::TimeLimit, "none", "longest time limit here"),
+    key("limits.partitions", None, Kind::Texts, "any", "partitions that a run may ask for here"),
     key("login.run_root", Some("run_root"), Kind::Path, "~/.local/share/nemotron/runs", "folder that holds the runs"),
     key("deadlines.preflight", None, Kind::Duration, "60s", "for a phase: checks of devices and paths"),
     key("deadlines.rendezvous", None, Kind::Duration, "180s", "for a phase: all ranks find each other"),
@@ -81,9 +125,12 @@ const fn key(
     Key { name, short, kind, default, doc }
 }
 
-/// The key of that dotted or short name.
+/// The key of that dotted or short name, or the one that the entry of that name belongs to.
 pub fn by_name(name: &str) -> Option<&'static Key> {
-    KEYS.iter().find(|key| key.name == name || key.short == Some(name))
+    KEYS.iter().find(|key| match key.kind {
+        Kind::Entries => name.strip_prefix(key.name).is_some_and(|rest| rest.len() > 1 && rest.starts_with('.')),
+        _ => key.name == name || key.short == Some(name),
+    })
 }
 
 /// The key that `--flag` sets.
@@ -92,6 +139,11 @@ pub fn by_flag(flag: &str) -> Option<&'static Key> {
 }
 
 impl Key {
+    /// The dotted name of what `name`, by which this key was found, sets.
+    pub fn full_name(&self, name: &str) -> String {
+        if self.kind == Kind::Entries { name.into() } else { self.name.into() }
+    }
+
     fn brief(&self) -> &'static str {
         self.short.unwrap_or(self.name)
     }
@@ -118,6 +170,9 @@ impl Kind {
             Self::Number => "a number greater than 0".into(),
             Self::Duration => "seconds, or a text such as \"90s\", \"5m\" or \"2h\"".into(),
             Self::OneOf(values) => format!("one of {}", values.join(", ")),
+            Self::Texts => "a list of texts".into(),
+            Self::TimeLimit => "a time limit: minutes, HH:MM:SS or D-HH:MM:SS".into(),
+            Self::Entries => "a text or a whole number".into(),
         }
     }
 
@@ -134,6 +189,14 @@ impl Kind {
                 return crate::seconds::parse(&text).ok().map(|duration| Value::Float(duration.as_secs_f64()));
             }
             (Self::OneOf(values), Value::String(text)) => values.contains(&text.as_str()),
+            (Self::Texts, Value::Array(texts)) => texts.iter().all(Value::is_str),
+            (Self::TimeLimit, Value::Integer(_) | Value::String(_)) => {
+                let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                let seconds = time_limit(&text)?.as_secs();
+                return (seconds > 0).then_some(Value::Float(seconds as f64));
+            }
+            (Self::Entries, Value::String(_)) => true,
+            (Self::Entries, Value::Integer(number)) => return Some(Value::String(number.to_string())),
             _ => false,
         };
         fits.then(|| value.clone())
@@ -142,7 +205,10 @@ impl Kind {
     /// The same for a value that came as plain text, from the environment or `--set`.
     pub fn parse(self, text: &str) -> Option<Value> {
         let value = match self {
-            Self::Text | Self::Path | Self::OneOf(_) | Self::Duration => Value::String(text.into()),
+            Self::Text | Self::Path | Self::OneOf(_) | Self::Duration | Self::TimeLimit | Self::Entries => {
+                Value::String(text.into())
+            }
+            Self::Texts => text.split(',').map(str::trim).filter(|text| !text.is_empty()).collect::<Vec<_>>().into(),
             Self::Flag => Value::Boolean(match text {
                 "true" | "1" | "yes" | "on" => true,
                 "false" | "0" | "no" | "off" => false,
@@ -175,6 +241,9 @@ mod tests {
         assert_eq!(Kind::Duration.parse("1.5m"), Some(Value::Float(90.0)));
         assert_eq!(Kind::Number.check(&Value::Integer(3)), Some(Value::Float(3.0)));
         assert_eq!(Kind::Flag.parse("1"), Some(Value::Boolean(true)));
+        assert_eq!(Kind::TimeLimit.parse("1-00:30"), Some(Value::Float(88_200.0)));
+        assert_eq!(Kind::Texts.parse("a, b"), Some(vec!["a", "b"].into()));
+        assert_eq!(Kind::Entries.check(&Value::Integer(22)), Some("22".into()));
         assert_eq!(Kind::Port.parse("0"), Some(Value::Integer(0)));
         for (kind, text) in [
             (Kind::Count, "0"),
@@ -185,6 +254,8 @@ mod tests {
             (Kind::Duration, "5 weeks"),
             (Kind::Duration, "-5s"),
             (Kind::OneOf(&["cpu", "cuda"]), "tpu"),
+            (Kind::TimeLimit, "0"),
+            (Kind::TimeLimit, "soon"),
         ] {
             assert_eq!(kind.parse(text), None, "{kind:?} {text}");
         }

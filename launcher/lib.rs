@@ -18,6 +18,7 @@ mod commands;
 pub mod config_file;
 pub mod env;
 mod events;
+pub mod fabric;
 pub mod hardware;
 pub mod host;
 pub mod job_file;
@@ -28,12 +29,14 @@ pub mod plan;
 mod port;
 mod process;
 pub mod profile;
+pub mod render;
 mod rendezvous;
 pub mod report;
 pub mod resolve;
 mod rundir;
 pub(crate) mod seconds;
 pub mod settings;
+pub mod slurm;
 pub mod spec;
 mod start;
 mod state;
@@ -66,8 +69,10 @@ pub fn main() -> ExitCode {
 fn run(command: Command) -> Outcome {
     match command {
         Command::Launch(args) => commands::launch::run(&args),
+        Command::Render(args) => commands::render::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
         Command::Profiles(command) => commands::profiles::run(&command),
+        Command::Clusters(command) => commands::clusters::run(&command),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Status(args) => commands::status::run(&args),
         Command::Logs(args) => commands::logs::run(&args),

@@ -4,14 +4,17 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::cli::{BatchArgs, LaunchArgs, ServeArgs};
-use crate::cluster;
+use nemotron_engine::rank::ModelSource;
+
+use crate::cli::{BatchArgs, LaunchArgs, RenderArgs, ServeArgs};
+use crate::cluster::{self, Site};
 use crate::env::Environment;
 use crate::host::Host;
 use crate::job_file::{self, LoadedJob};
 use crate::model::Model;
 use crate::plan::{self, Plan};
 use crate::report::{Exit, Failure, Outcome};
+use crate::rundir::check_name;
 use crate::seconds;
 use crate::settings::{Selection, Settings};
 use crate::spec::{Deadlines, RunSpec, Task};
@@ -38,6 +41,7 @@ pub fn launch(args: &LaunchArgs, environment: &Environment, host: &Host) -> Outc
         engine: Some(&args.engine),
         endpoint: Some(&args.endpoint),
         cluster: args.cluster.as_deref(),
+        slurm: Some(&args.slurm),
         job: args.task.job.as_deref(),
         default_profile: None,
     };
@@ -76,12 +80,46 @@ pub fn batch(args: &BatchArgs, environment: &Environment, host: &Host) -> Outcom
     resolve(&selection, args.limit, environment, host)
 }
 
+/// What `render` would write. The model may be a mere architecture: its weights need not be visible here.
+///
+/// # Errors
+/// As for [`launch`]; the cluster has no Slurm.
+pub fn render(args: &RenderArgs, environment: &Environment, host: &Host) -> Outcome<Resolved> {
+    let selection = Selection {
+        engine: Some(&args.engine),
+        endpoint: Some(&args.endpoint),
+        cluster: args.cluster.as_deref(),
+        slurm: Some(&args.slurm),
+        job: args.task.job.as_deref(),
+        default_profile: None,
+    };
+    let weights = |model| match model {
+        Model::Source(source) => Ok(source),
+        Model::Architecture(name) => Ok(ModelSource::Path(name.into())),
+    };
+    let mut resolved = resolve_with(&selection, None, weights, environment, host)?;
+    if resolved.spec.site.is_none() {
+        return Err(Failure::msg(Exit::Usage, format!("cluster {} has no batch script", resolved.spec.cluster))
+            .hint("name a cluster with Slurm: --cluster generic, or one of `nemotron clusters list`"));
+    }
+    resolved.spec.name = args.name.clone().unwrap_or_else(|| resolved.spec.profile.clone());
+    check_name(&resolved.spec.name)?;
+    Ok(resolved)
+}
+
 fn resolve(selection: &Selection<'_>, limit: Option<u64>, environment: &Environment, host: &Host) -> Outcome<Resolved> {
+    resolve_with(selection, limit, Model::weights, environment, host)
+}
+
+fn resolve_with(
+    selection: &Selection<'_>,
+    limit: Option<u64>,
+    weights: impl Fn(Model) -> Outcome<ModelSource>,
+    environment: &Environment,
+    host: &Host,
+) -> Outcome<Resolved> {
     let settings = Settings::resolve(selection, environment)?;
     let cluster = settings.text("cluster").unwrap_or(cluster::LOCAL).to_owned();
-    if cluster != cluster::LOCAL {
-        return Err(Failure::msg(Exit::Usage, format!("this version runs only on cluster local, not on {cluster}")));
-    }
     let job = match selection.job {
         Some(path) => Some(job_file::load(path, &settings.job_overrides, environment)?),
         None => None,
@@ -92,9 +130,11 @@ fn resolve(selection: &Selection<'_>, limit: Option<u64>, environment: &Environm
     };
     let model = Model::of_settings(&settings, environment)?;
     let (model_name, config) = model.describe()?;
-    let model = model.weights()?;
+    let model = weights(model)?;
     let plan = Plan::new(plan::Model { name: &model_name, config: &config }, &settings, host)?.check(&config, host)?;
     let ranks_here = plan.hardware.devices_per_node;
+    let site = Site::of_settings(&settings, &plan, environment)?;
+    let threads = settings.count("threads").or(site.as_ref().and_then(|site| site.cpus_per_task));
     let spec = RunSpec {
         schema: 1,
         name: String::new(),
@@ -103,17 +143,20 @@ fn resolve(selection: &Selection<'_>, limit: Option<u64>, environment: &Environm
         model,
         device: plan.hardware.device,
         dtype: plan.dtype,
-        threads: settings.count("threads").unwrap_or((host.cores / ranks_here).max(1)),
+        threads: threads.unwrap_or((host.cores / ranks_here).max(1)),
         mesh: plan.mesh,
         limits: plan.limits,
         task,
         deadlines: deadlines(&settings, &plan),
+        site,
     };
     Ok(Resolved { spec, run_root: run_root(&settings, environment)?, plan, job, settings })
 }
 
 fn serve_task(settings: &Settings, environment: &Environment) -> Outcome<Task> {
-    let host = settings.text("serve.host").unwrap_or("127.0.0.1");
+    // Rank 0 of a job is on another machine than whoever asks.
+    let local = settings.text("cluster").is_none_or(|cluster| cluster == cluster::LOCAL);
+    let host = settings.text("serve.host").unwrap_or(if local { "127.0.0.1" } else { "0.0.0.0" });
     let no_auth = settings.flag("serve.no_auth");
     let token_file = settings.text("serve.token_file").map(|file| environment.absolute(file, &environment.directory));
     let task = Task::Serve {
@@ -176,7 +219,7 @@ pub fn run_root(settings: &Settings, environment: &Environment) -> Outcome<PathB
 mod tests {
     #![expect(clippy::unwrap_used, reason = "tests")]
     use clap::Parser as _;
-    use nemotron_engine::rank::{Device, ModelSource};
+    use nemotron_engine::rank::Device;
 
     use super::*;
     use crate::cli::{Cli, Command};
@@ -263,11 +306,6 @@ mod tests {
         for (line, exit, text) in [
             ("launch --serve", Exit::Usage, "no profile is named"),
             ("launch --serve --profile cpu --cluster eos", Exit::Usage, "there is no cluster `eos`"),
-            (
-                "launch --serve --profile cpu --cluster site.toml",
-                Exit::Usage,
-                "this version runs only on cluster local",
-            ),
             ("serve --model /no/such", Exit::Checkpoint, "there is no checkpoint /no/such"),
             ("serve --profile h200x8", Exit::Usage, "nemotron-4-340b has no weights here"),
             ("serve --tp 3", Exit::DoesNotFit, "the model cannot be split this way"),

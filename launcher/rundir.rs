@@ -242,7 +242,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     })
 }
 
-fn check_name(name: &str) -> Outcome {
+pub(crate) fn check_name(name: &str) -> Outcome {
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     let starts_well = name.starts_with(|c: char| c.is_ascii_alphanumeric());
     if starts_well && name.len() <= 64 && name.chars().all(legal) && name != "latest" {

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use toml::Value;
 
-use crate::cli::{EndpointOptions, EngineArgs};
+use crate::cli::{EndpointOptions, EngineArgs, SlurmArgs};
 use crate::config_file::{Document, nearest, unknown};
 use crate::env::Environment;
 use crate::job_file::{self, Overrides};
-use crate::keys::{self, KEYS, Key, Kind};
+use crate::keys::{self, KEYS, Kind};
 use crate::report::{Exit, Failure, Outcome};
 use crate::{cluster, profile};
 
@@ -46,7 +46,7 @@ impl fmt::Display for Source {
     }
 }
 
-type Layer = BTreeMap<&'static str, (Value, Source)>;
+type Layer = BTreeMap<String, (Value, Source)>;
 
 /// What the command line selects.
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,6 +54,7 @@ pub struct Selection<'a> {
     pub engine: Option<&'a EngineArgs>,
     pub endpoint: Option<&'a EndpointOptions>,
     pub cluster: Option<&'a str>,
+    pub slurm: Option<&'a SlurmArgs>,
     pub job: Option<&'a Path>,
     /// The profile when no layer names one.
     pub default_profile: Option<&'static str>,
@@ -81,7 +82,7 @@ impl Settings {
         requests.extend(flag_layer(selection));
         for assignment in selection.engine.into_iter().flat_map(|engine| &engine.set) {
             match parse_set(assignment)? {
-                Assignment::Key(key, value) => _ = requests.insert(key.name, (value, Source::Set)),
+                Assignment::Key(key, value) => _ = requests.insert(key, (value, Source::Set)),
                 Assignment::Job(..) if selection.job.is_none() => {
                     return Err(Failure::msg(Exit::Usage, format!("--set {assignment}: there is no job file")));
                 }
@@ -97,7 +98,7 @@ impl Settings {
         let profile_file = profile::find(profile, environment)?;
         let cluster_file = cluster::find(cluster, environment)?;
         settings.values = Self::of_profile(profile, &profile_file, environment)?.values;
-        settings.values.insert("cluster", (cluster.into(), Source::Cluster(cluster_file.label.clone())));
+        settings.values.insert("cluster".into(), (cluster.into(), Source::Cluster(cluster_file.label.clone())));
         let mut site = file_layer(&cluster_file, &[], Source::Cluster, environment)?;
         site.remove("description");
         settings.values.extend(site);
@@ -114,16 +115,26 @@ impl Settings {
     /// A key is unknown, or a value is not of its kind.
     pub fn of_profile(name: &str, document: &Document, environment: &Environment) -> Outcome<Self> {
         let mut values = file_layer(document, &[], Source::Profile, environment)?;
-        values.insert("profile", (name.into(), Source::Profile(document.label.clone())));
+        values.insert("profile".into(), (name.into(), Source::Profile(document.label.clone())));
         Ok(Self { values, job_overrides: Overrides::new() })
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = (&'static str, &Value, &Source)> {
-        self.values.iter().map(|(key, (value, source))| (*key, value, source))
+    /// One cluster file alone.
+    ///
+    /// # Errors
+    /// A key is unknown, or a value is not of its kind.
+    pub fn of_cluster(name: &str, document: &Document, environment: &Environment) -> Outcome<Self> {
+        let mut values = file_layer(document, &[], Source::Cluster, environment)?;
+        values.insert("cluster".into(), (name.into(), Source::Cluster(document.label.clone())));
+        Ok(Self { values, job_overrides: Overrides::new() })
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Value, &Source)> {
+        self.values.iter().map(|(key, (value, source))| (key.as_str(), value, source))
     }
 
     fn get(&self, key: &str) -> Option<&Value> {
-        debug_assert!(KEYS.iter().any(|known| known.name == key), "{key} is in the table of keys");
+        debug_assert!(keys::by_name(key).is_some(), "{key} is in the table of keys");
         self.values.get(key).map(|(value, _)| value)
     }
 
@@ -138,6 +149,24 @@ impl Settings {
 
     pub fn count(&self, key: &str) -> Option<usize> {
         self.get(key).and_then(Value::as_integer).and_then(|number| usize::try_from(number).ok())
+    }
+
+    /// A list; empty when it is not set.
+    pub fn texts(&self, key: &str) -> Vec<String> {
+        let texts = self.get(key).and_then(Value::as_array).into_iter().flatten();
+        texts.filter_map(Value::as_str).map(str::to_owned).collect()
+    }
+
+    /// The entries of a table with free names: name, value, source.
+    pub fn entries<'a>(&'a self, key: &'a str) -> impl Iterator<Item = (&'a str, &'a str, &'a Source)> {
+        self.values.iter().filter_map(move |(name, (value, source))| {
+            Some((name.strip_prefix(key)?.strip_prefix('.')?, value.as_str()?, source))
+        })
+    }
+
+    /// Where a value came from.
+    pub fn source(&self, key: &str) -> Option<&Source> {
+        self.values.get(key).map(|(_, source)| source)
     }
 
     pub fn number(&self, key: &str) -> Option<f64> {
@@ -197,7 +226,7 @@ fn file_layer(
                     }
                     _ => value,
                 };
-                if layer.insert(key.name, (value, source(document.label.clone()))).is_some() {
+                if layer.insert(key.full_name(&name), (value, source(document.label.clone()))).is_some() {
                     return Err(document.failure(document.key_span(&path), format!("`{name}` is set twice")));
                 }
             }
@@ -214,13 +243,13 @@ fn legal_names() -> impl Iterator<Item = &'static str> {
 
 fn environment_layer(environment: &Environment) -> Outcome<Layer> {
     let mut layer = Layer::new();
-    for key in KEYS {
+    for key in KEYS.iter().filter(|key| key.kind != Kind::Entries) {
         let variable = key.variable();
         if let Some(text) = environment.get(&variable) {
             let value = key.kind.parse(text).ok_or_else(|| {
                 Failure::msg(Exit::Usage, format!("{variable}={text}: it must be {}", key.kind.expected()))
             })?;
-            layer.insert(key.name, (value, Source::Environment(variable)));
+            layer.insert(key.name.into(), (value, Source::Environment(variable)));
         }
     }
     Ok(layer)
@@ -230,7 +259,7 @@ fn flag_layer(selection: &Selection<'_>) -> Layer {
     let mut layer = Layer::new();
     let mut put = |name: &str, value: Option<Value>| {
         if let (Some(key), Some(value)) = (keys::by_name(name), value) {
-            layer.insert(key.name, (value, Source::Flag(key.flag())));
+            layer.insert(key.name.into(), (value, Source::Flag(key.flag())));
         }
     };
     put("cluster", selection.cluster.map(Value::from));
@@ -241,6 +270,16 @@ fn flag_layer(selection: &Selection<'_>) -> Layer {
         put("pp", engine.pp.map(Value::from));
         put("device", engine.device.clone().map(Value::from));
         put("dtype", engine.dtype.clone().map(Value::from));
+    }
+    if let Some(slurm) = selection.slurm {
+        put("account", slurm.account.clone().map(Value::from));
+        put("partition", slurm.partition.clone().map(Value::from));
+        put("qos", slurm.qos.clone().map(Value::from));
+        put("time", slurm.time.map(|time| Value::from(time.as_secs_f64())));
+        put("constraint", slurm.constraint.clone().map(Value::from));
+        put("reservation", slurm.reservation.clone().map(Value::from));
+        put("nodelist", slurm.nodelist.clone().map(Value::from));
+        put("exclude", slurm.exclude.clone().map(Value::from));
     }
     if let Some(endpoint) = selection.endpoint {
         let token_file = endpoint.token_file.as_ref().map(|path| Value::from(path.display().to_string()));
@@ -256,7 +295,7 @@ fn flag_layer(selection: &Selection<'_>) -> Layer {
 }
 
 enum Assignment {
-    Key(&'static Key, Value),
+    Key(String, Value),
     /// A key of the job file that the engine reads.
     Job(String, Value),
 }
@@ -266,7 +305,7 @@ fn parse_set(assignment: &str) -> Outcome<Assignment> {
     let (name, text) = assignment.split_once('=').ok_or_else(|| bad("write KEY=VALUE".into()))?;
     if let Some(key) = keys::by_name(name) {
         let value = key.kind.parse(text).ok_or_else(|| bad(format!("it must be {}", key.kind.expected())))?;
-        return Ok(Assignment::Key(key, value));
+        return Ok(Assignment::Key(key.full_name(name), value));
     }
     if name.split_once('.').is_some_and(|(table, _)| job_file::TABLES.contains(&table)) {
         // A value of TOML if it is one, else a text without quotes.

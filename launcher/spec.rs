@@ -10,6 +10,8 @@ use nemotron_engine::config::Mesh;
 use nemotron_engine::rank::{Device, Limits, ModelSource};
 use serde::{Deserialize, Serialize};
 
+use crate::cluster::Site;
+
 /// A run after profile, cluster file, job file, environment and flags were layered and the plan showed that it fits.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -27,6 +29,9 @@ pub struct RunSpec {
     pub limits: Limits,
     pub task: Task,
     pub deadlines: Deadlines,
+    /// What Slurm is asked for; `None` without Slurm.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub site: Option<Site>,
 }
 
 /// What the run is for.
@@ -109,6 +114,7 @@ pub(crate) mod testing {
                 drain: seconds(20),
                 progress: seconds(20),
             },
+            site: None,
         }
     }
 }

@@ -7,6 +7,7 @@ mod bench;
 mod cli;
 mod docs;
 mod local;
+mod render;
 mod serve;
 mod support;
 mod tidy;

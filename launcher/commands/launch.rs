@@ -1,7 +1,7 @@
 use crate::cli::{LaunchArgs, WaitFor};
 use crate::env::Environment;
 use crate::host::Host;
-use crate::report::{Outcome, print_json, print_line};
+use crate::report::{Exit, Failure, Outcome, print_json, print_line};
 use crate::resolve::{self, Resolved};
 use crate::start::{Output, detached, foreground, launched};
 use crate::state::Endpoint;
@@ -17,6 +17,10 @@ pub(crate) fn run(args: &LaunchArgs) -> Outcome {
     let resolved = resolve::launch(args, &Environment::of_process(), &Host::probe()?)?;
     if args.dry_run || args.test_only {
         return dry_run(&resolved, args.json);
+    }
+    if resolved.spec.site.is_some() {
+        return Err(Failure::msg(Exit::Usage, "this version renders batch scripts but does not submit them")
+            .hint("nemotron render"));
     }
     if stays {
         let output = match (args.json, args.parsable) {

@@ -3,6 +3,7 @@
 pub(crate) mod batch;
 pub(crate) mod bench;
 pub(crate) mod cancel;
+pub(crate) mod clusters;
 pub(crate) mod completions;
 pub(crate) mod endpoint;
 pub(crate) mod events;
@@ -12,6 +13,7 @@ pub(crate) mod launch;
 pub(crate) mod logs;
 pub(crate) mod plan;
 pub(crate) mod profiles;
+pub(crate) mod render;
 pub(crate) mod serve;
 pub(crate) mod status;
 pub(crate) mod supervise;
