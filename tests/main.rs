@@ -5,6 +5,7 @@
 mod batch;
 mod cli;
 mod local;
+mod resume;
 mod serve;
 mod support;
 mod tidy;
