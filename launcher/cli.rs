@@ -66,6 +66,10 @@ pub enum Command {
     Endpoint(EndpointArgs),
     /// End runs: drain, stop, verify that nothing is left
     Cancel(CancelArgs),
+    /// Go on with a job that was stopped, from its journal
+    Resume(ResumeArgs),
+    /// Check, count or filter the rows of a job, done or not
+    Results(ResultsArgs),
     /// Send a prompt to a serving run and print the completion
     Generate(GenerateArgs),
     /// Serve a model in the foreground on this host
@@ -391,6 +395,52 @@ pub struct CancelArgs {
     /// Do not let running requests finish
     #[arg(long)]
     pub now: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(
+    after_help = "Rows that are done are not generated again, and the output is byte for byte what an undisturbed run gives. Exit codes
+are those of `launch --job`."
+)]
+pub struct ResumeArgs {
+    /// Name of a run, a unique prefix of it, or `latest`
+    pub run: String,
+    /// Go on although input, job file or model have changed: rows that would now be others are generated again
+    #[arg(long)]
+    pub allow_changed: bool,
+    /// Return as soon as the attempt has been started
+    #[arg(long)]
+    pub detach: bool,
+    /// Print one JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(
+    after_help = "Exit code of verify: 0 when the output is there and right, 30 when rows are missing, 32 when the output is
+missing or not what the journal says."
+)]
+pub struct ResultsArgs {
+    /// Name of a run, a unique prefix of it, or `latest`
+    pub run: String,
+    /// What to do with its rows
+    #[arg(value_name = "VIEW")]
+    pub view: ResultsView,
+    /// Print one JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What `results` shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ResultsView {
+    /// Compare the output with the journal and the input: each row once, in order, byte for byte
+    Verify,
+    /// Count rows, tokens, endings and attempts
+    Stats,
+    /// Print the lines of rows that failed
+    Failed,
 }
 
 #[derive(Clone, Debug, Args)]

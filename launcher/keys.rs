@@ -105,6 +105,7 @@ pub const KEYS: &[Key] = &[
     key("limits.max_nodes", None, Kind::Count, "none", "nodes that a run may ask for here"),
     key("limits.max_time", None, Kind::TimeLimit, "none", "longest time limit here"),
     key("limits.partitions", None, Kind::Texts, "any", "partitions that a run may ask for here"),
+    key("job.deadline", None, Kind::Duration, "none", "time that an attempt of a job has; it ends before, and can be resumed"),
     key("login.run_root", Some("run_root"), Kind::Path, "~/.local/share/nemotron/runs", "folder that holds the runs"),
     key("deadlines.preflight", None, Kind::Duration, "60s", "for a phase: checks of devices and paths"),
     key("deadlines.rendezvous", None, Kind::Duration, "180s", "for a phase: all ranks find each other"),
@@ -112,6 +113,7 @@ pub const KEYS: &[Key] = &[
     key("deadlines.loading", None, Kind::Duration, "4 x planned, at least 10m", "for a phase: weights are loaded"),
     key("deadlines.warmup", None, Kind::Duration, "300s", "for a phase: a token is decoded across all ranks"),
     key("deadlines.drain", None, Kind::Duration, "120s", "for a phase: running requests finish"),
+    key("deadlines.storage", None, Kind::Duration, "300s", "a job's journal or output cannot be written"),
     key("deadlines.progress", None, Kind::Duration, "300s", "work is queued but no step completes: the run has hung"),
 ];
 

@@ -80,6 +80,8 @@ fn run(command: Command) -> Outcome {
         Command::Wait(args) => commands::wait::run(&args),
         Command::Endpoint(args) => commands::endpoint::run(&args),
         Command::Cancel(args) => commands::cancel::run(&args),
+        Command::Resume(args) => commands::resume::run(&args),
+        Command::Results(args) => commands::results::run(&args),
         Command::Generate(args) => commands::generate::run(&args),
         Command::Serve(args) => commands::serve::run(&args),
         Command::Batch(args) => commands::batch::run(&args),

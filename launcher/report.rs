@@ -38,6 +38,21 @@ pub enum Exit {
     Terminated = 143,
 }
 
+impl Exit {
+    /// Whether a job that ended so can go on from its journal.
+    pub fn is_resumable(self) -> bool {
+        !matches!(
+            self,
+            Self::Usage
+                | Self::DoesNotFit
+                | Self::Preflight
+                | Self::Checkpoint
+                | Self::OutOfMemory
+                | Self::TooManyFailedRows
+        )
+    }
+}
+
 /// A command's failure.
 #[derive(Debug)]
 pub struct Failure {
@@ -132,13 +147,23 @@ impl From<EngineError> for Failure {
 impl From<JobError> for Failure {
     fn from(error: JobError) -> Self {
         let exit = match &error {
-            JobError::Input { .. } => Exit::Usage,
+            JobError::Input { .. } | JobError::Changed { .. } => Exit::Usage,
+            JobError::KvTooSmall { .. } => Exit::DoesNotFit,
+            // Whoever comes too late has nothing to try again.
+            JobError::Fenced { .. } => Exit::Preflight,
             JobError::Output { .. } => Exit::OutputStorage,
             JobError::TooManyFailed { .. } => Exit::TooManyFailedRows,
             JobError::Engine(_) => Exit::Internal,
-            JobError::Stopped => Exit::Resumable,
+            JobError::Stopped | JobError::Deadline { .. } => Exit::Resumable,
         };
-        Self::new(exit, error)
+        let hint = match &error {
+            JobError::Changed { .. } => Some(
+                "`nemotron resume RUN --allow-changed` generates the rows anew that are now others, and keeps the rest",
+            ),
+            JobError::KvTooSmall { .. } => Some("make rows shorter, or the KV cache larger: --set limits.kv_tokens=…"),
+            _ => None,
+        };
+        hint.map(String::from).into_iter().fold(Self::new(exit, error), Self::hint)
     }
 }
 

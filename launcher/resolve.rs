@@ -125,7 +125,12 @@ fn resolve_with(
         None => None,
     };
     let task = match &job {
-        Some(job) => Task::Job { file: job.path.clone(), limit, overrides: settings.job_overrides.clone() },
+        Some(job) => Task::Job {
+            file: job.path.clone(),
+            limit,
+            deadline_s: settings.duration("job.deadline").map(|deadline| deadline.as_secs_f64()),
+            overrides: settings.job_overrides.clone(),
+        },
         None => serve_task(&settings, environment)?,
     };
     let model = Model::of_settings(&settings, environment)?;
@@ -198,6 +203,7 @@ fn deadlines(settings: &Settings, plan: &Plan) -> Deadlines {
         warmup: or("deadlines.warmup", 300),
         drain: or("deadlines.drain", 120),
         progress: or("deadlines.progress", 300),
+        storage: or("deadlines.storage", 300),
     }
 }
 
@@ -293,7 +299,7 @@ mod tests {
         assert_eq!(job.unwrap().file.sampling.top_k, 4);
         let text = toml::to_string(&spec).unwrap();
         assert_eq!(toml::from_str::<RunSpec>(&text).unwrap(), spec);
-        let Task::Job { file, limit, overrides } = spec.task else { panic!("{:?}", spec.task) };
+        let Task::Job { file, limit, overrides, deadline_s: None } = spec.task else { panic!("{:?}", spec.task) };
         assert_eq!((file.clone(), limit), (dir.path().join("job.toml"), Some(3)));
         assert_eq!(job_file::load_job(&file, &overrides).unwrap().file.sampling.top_k, 4);
         assert!(resolve("nemotron launch --job job.toml", &[], dir.path()).is_ok(), "the profile is the job's");

@@ -50,7 +50,8 @@ impl RunDir {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !given => {}
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     return Err(Failure::msg(Exit::Usage, format!("a run named {} exists already", spec.name))
-                        .hint(format!("choose another --name, or remove {}", path.display())));
+                        .hint(format!("choose another --name, or remove {}", path.display()))
+                        .hint(format!("if it is a job that has not ended: nemotron resume {}", spec.name)));
                 }
                 Err(error) => return Err(internal(error)),
             }
@@ -162,6 +163,36 @@ impl RunDir {
 
     pub(crate) fn make_attempt(&self, attempt: u32) -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(self.attempt(attempt))
+    }
+
+    /// What is done of a job.
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.path.join("journal")
+    }
+
+    /// How an attempt ended: written by its supervisor, if that lived to see it.
+    pub(crate) fn end_file(&self, attempt: u32) -> PathBuf {
+        self.attempt(attempt).join("end.json")
+    }
+
+    /// There when the attempt may go on although the job has changed.
+    pub(crate) fn allow_changed_file(&self, attempt: u32) -> PathBuf {
+        self.attempt(attempt).join("allow-changed")
+    }
+
+    /// Begins another attempt; of two that try at the same time, one fails.
+    pub(crate) fn next_attempt(&self) -> Outcome<u32> {
+        let attempt = self.last_attempt() + 1;
+        match DirBuilder::new().mode(0o700).create(self.attempt(attempt)) {
+            Ok(()) => Ok(attempt),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Err(Failure::msg(Exit::Usage, format!("run {} is being resumed by someone else", self.name())))
+            }
+            Err(error) => Err(Failure::new(
+                Exit::OutputStorage,
+                anyhow::Error::new(error).context("cannot make the attempt's directory"),
+            )),
+        }
     }
 
     /// The number of the newest attempt.

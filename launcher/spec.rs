@@ -53,6 +53,9 @@ pub enum Task {
         file: PathBuf,
         /// Only the first rows.
         limit: Option<u64>,
+        /// Seconds that an attempt has.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        deadline_s: Option<f64>,
         /// Keys of the job file that `--set` gave; [`crate::job_file::load_job`] applies them.
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
         overrides: BTreeMap<String, toml::Value>,
@@ -78,6 +81,9 @@ pub struct Deadlines {
     /// Work is queued but no step completes for so long: the run has hung.
     #[serde(with = "crate::seconds")]
     pub progress: Duration,
+    /// For how long a job bears that its journal or output cannot be written.
+    #[serde(with = "crate::seconds")]
+    pub storage: Duration,
 }
 
 #[cfg(test)]
@@ -113,6 +119,7 @@ pub(crate) mod testing {
                 warmup: seconds(20),
                 drain: seconds(20),
                 progress: seconds(20),
+                storage: seconds(20),
             },
             site: None,
         }

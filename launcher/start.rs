@@ -3,6 +3,7 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -36,6 +37,11 @@ pub(crate) enum Output {
 pub(crate) fn foreground(mut resolved: Resolved, output: Output) -> Outcome {
     let run_dir = RunDir::create(&resolved.run_root, &mut resolved.spec)?;
     tracing::info!(run = run_dir.name(), directory = %run_dir.path().display(), "run created");
+    attend(&run_dir, 0, resolved.job.as_ref().map(|job| job.file.output.path.as_path()), output)
+}
+
+/// Runs an attempt to its end. `job_output` is where the rows of a job go.
+pub(crate) fn attend(run_dir: &RunDir, attempt: u32, job_output: Option<&Path>, output: Output) -> Outcome {
     if output == Output::Name {
         print_line(run_dir.name())?;
     }
@@ -51,9 +57,8 @@ pub(crate) fn foreground(mut resolved: Resolved, output: Output) -> Outcome {
         let token = token.map_or_else(|| "no token needed".into(), |file| format!("token in {}", file.display()));
         narrate(&format!("run {}, {token}", announced.name()));
     };
-    let status = supervise(&run_dir, 0, Box::new(on_ready))?;
-    if let (Some(progress), Some(job)) = (status.job, &resolved.job) {
-        let output_file = &job.file.output.path;
+    let status = supervise(run_dir, attempt, Box::new(on_ready))?;
+    if let (Some(progress), Some(output_file)) = (status.job, job_output) {
         if output == Output::Json {
             print_json(&json!({
                 "schema": 1,
@@ -66,9 +71,10 @@ pub(crate) fn foreground(mut resolved: Resolved, output: Output) -> Outcome {
         }
         let seconds = status.since.duration_since(status.started).as_secs_f64();
         narrate(&format!(
-            "{} rows ({} failed) in {}: {} tokens, {:.1} tokens/s\n{}",
+            "{} rows ({} failed{}) in {}: {} tokens, {:.1} tokens/s\n{}",
             progress.rows_done,
             progress.rows_failed,
+            if attempt > 0 { format!(", {} of earlier attempts", progress.rows_kept) } else { String::new() },
             span(seconds),
             progress.completion_tokens,
             status.tokens_per_second,
@@ -81,7 +87,13 @@ pub(crate) fn foreground(mut resolved: Resolved, output: Output) -> Outcome {
 /// Starts a supervisor in a session of its own, and returns when it has taken over.
 pub(crate) fn detached(mut resolved: Resolved) -> Outcome<RunDir> {
     let run_dir = RunDir::create(&resolved.run_root, &mut resolved.spec)?;
-    let path = run_dir.supervise_log(0);
+    detach(&run_dir, 0)?;
+    Ok(run_dir)
+}
+
+/// Starts the supervisor of an attempt, which is the newest one.
+pub(crate) fn detach(run_dir: &RunDir, attempt: u32) -> Outcome {
+    let path = run_dir.supervise_log(attempt);
     let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&path);
     let log = log.with_context(|| format!("cannot open {}", path.display()))?;
     let mut supervisor = Command::new("/proc/self/exe")
@@ -94,14 +106,15 @@ pub(crate) fn detached(mut resolved: Resolved) -> Outcome<RunDir> {
         .stderr(log)
         .spawn()
         .context("cannot start the supervisor")?;
-    while Status::of(&run_dir)?.supervisor.is_none() {
+    let has_begun = |status: &Status| status.attempt == attempt && status.supervisor.is_some();
+    while !has_begun(&Status::of(run_dir)?) {
         if let Some(status) = supervisor.try_wait().context("cannot wait for the supervisor")? {
             return Err(Failure::msg(Exit::Internal, format!("the supervisor ended at once ({status})"))
                 .hint(format!("see {}", path.display())));
         }
         std::thread::sleep(POLL);
     }
-    Ok(run_dir)
+    Ok(())
 }
 
 /// What `--json` says about a run that was launched.

@@ -132,6 +132,9 @@ pub(crate) struct End {
     pub(crate) exit_code: u8,
     pub(crate) cause: Option<String>,
     pub(crate) rank: Option<usize>,
+    /// The engine itself broke, perhaps over a row.
+    #[serde(default)]
+    pub(crate) crashed: bool,
 }
 
 /// Where a serving run answers.
@@ -227,7 +230,13 @@ impl Status {
         self.deadline = None;
         self.eta_s = None;
         let cause = Some("the supervisor is gone".into());
-        self.end = Some(End { exit: Some(Exit::RankLost), exit_code: Exit::RankLost as u8, cause, rank: None });
+        self.end = Some(End {
+            exit: Some(Exit::RankLost),
+            exit_code: Exit::RankLost as u8,
+            cause,
+            rank: None,
+            crashed: false,
+        });
     }
 
     /// The run's failure, if it has ended with one.

@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use nemotron_engine::chat::ChatTemplate;
 use nemotron_engine::checkpoint;
 use nemotron_engine::engine::Engine;
-use nemotron_engine::job::{Job, JobError, JobProgress};
+use nemotron_engine::job::{Job, JobError, JobProgress, Journal, JournalOptions};
 use nemotron_engine::rank::{self, EngineError, ModelSource, Peers, Rank, RankSpec};
 use nemotron_engine::report::{Phase, Reporter};
 use nemotron_engine::serve::{self, ServeOptions};
@@ -32,9 +32,9 @@ use crate::port::Port;
 use crate::process::ProcessId;
 use crate::rendezvous::{Down, Hello, Identity, Link, Messages, RankEnd, Up, connect, local_ip, run_key};
 use crate::report::{Exit, Failure, Outcome};
-use crate::rundir::{RunDir, read_token};
+use crate::rundir::{RunDir, read_json, read_token};
 use crate::spec::{RunSpec, Task};
-use crate::state::url_of;
+use crate::state::{End, url_of};
 
 /// How often a rank says that it is alive, and how far.
 const HEARTBEAT: Duration = Duration::from_millis(500);
@@ -75,7 +75,7 @@ pub(crate) fn run(args: &WorkerArgs) -> Outcome {
     forward_signals(signals, Arc::clone(&post)).context("cannot start a thread")?;
     set_pdeathsig(None).map_err(anyhow::Error::new)?;
 
-    let member = Member { rank: args.rank, spec: &spec, run_dir: &run_dir, post: &post };
+    let member = Member { rank: args.rank, attempt: args.attempt, spec: &spec, run_dir: &run_dir, post: &post };
     let outcome = member.take_part(listener, key, &peers, drain);
     post.end(&outcome);
     // The last message is out when the voice falls silent.
@@ -232,6 +232,7 @@ fn forward_signals(signals: SigSet, post: Arc<Post>) -> std::io::Result<()> {
 
 struct Member<'a> {
     rank: usize,
+    attempt: u32,
     spec: &'a RunSpec,
     run_dir: &'a RunDir,
     post: &'a Arc<Post>,
@@ -243,7 +244,7 @@ const FAREWELL: Duration = Duration::from_millis(500);
 /// What rank 0 needs for its task; made before anything is loaded, so that mistakes show at once.
 enum Errand {
     Serve { port: Port, token: Option<String>, strict: bool, chat: ChatTemplate },
-    Job { job: Box<Job>, tokenizer: Tokenizer },
+    Job { job: Box<Job>, tokenizer: Tokenizer, journal: Box<Journal>, deadline: Option<Instant> },
 }
 
 impl Member<'_> {
@@ -302,14 +303,40 @@ impl Member<'_> {
                 let chat = chat.map_err(|error| Failure::new(Exit::Checkpoint, error))?;
                 Ok(Errand::Serve { port: Port::bind((host, port).into())?, token, strict, chat })
             }
-            Task::Job { file, limit, overrides } => {
+            Task::Job { file, limit, overrides, deadline_s } => {
+                let deadline = deadline_s.map(|seconds| Instant::now() + Duration::from_secs_f64(seconds));
                 let job = load_job(file, overrides)?;
                 let folder = job.path.parent().unwrap_or(self.run_dir.path());
-                let tokenizer = checkpoint::open(&self.spec.model)?.tokenizer()?;
+                let checkpoint = checkpoint::open(&self.spec.model)?;
+                let tokenizer = checkpoint.tokenizer()?;
+                let model = format!(
+                    "{} {:?} {:?}",
+                    checkpoint::identity(checkpoint.as_ref())?,
+                    self.spec.device,
+                    self.spec.dtype
+                );
                 let job = Box::new(Job::load(&job.file, folder, *limit, &tokenizer)?);
-                Ok(Errand::Job { job, tokenizer })
+                let journal = Box::new(job.open_journal(self.journal(model)?)?);
+                Ok(Errand::Job { job, tokenizer, journal, deadline })
             }
         }
+    }
+
+    fn journal(&self, model: String) -> Outcome<JournalOptions> {
+        let (run_dir, attempt) = (self.run_dir, self.attempt);
+        let mut crashed = Vec::new();
+        for earlier in 0..attempt {
+            let end: Option<End> = read_json(&run_dir.end_file(earlier))?;
+            crashed.extend(end.is_some_and(|end| end.crashed).then_some(earlier));
+        }
+        Ok(JournalOptions {
+            dir: run_dir.journal(),
+            attempt,
+            allow_changed: run_dir.allow_changed_file(attempt).exists(),
+            model,
+            crashed,
+            patience: self.spec.deadlines.storage,
+        })
     }
 
     fn lead(&self, engine: &Engine, errand: Errand, mut drain: watch::Receiver<bool>) -> Outcome {
@@ -362,10 +389,10 @@ impl Member<'_> {
                 let served = serve::run(engine.clone(), tokenizer, options, over).await;
                 Ok(served.context("the server failed")?)
             }
-            Errand::Job { job, tokenizer } => {
+            Errand::Job { job, tokenizer, journal, deadline } => {
                 self.post.say(Up::Ready { url: None });
                 let progress = |progress| *lock(&self.post.job) = Some(progress);
-                match job.run(engine, &tokenizer, &progress, asked_to_drain).await {
+                match job.run(engine, &tokenizer, *journal, deadline, &progress, asked_to_drain).await {
                     Ok(progress) => {
                         *lock(&self.post.job) = Some(progress);
                         Ok(())

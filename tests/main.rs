@@ -8,6 +8,7 @@ mod cli;
 mod docs;
 mod local;
 mod render;
+mod resume;
 mod serve;
 mod support;
 mod tidy;

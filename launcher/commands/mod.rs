@@ -14,6 +14,8 @@ pub(crate) mod logs;
 pub(crate) mod plan;
 pub(crate) mod profiles;
 pub(crate) mod render;
+pub(crate) mod results;
+pub(crate) mod resume;
 pub(crate) mod serve;
 pub(crate) mod status;
 pub(crate) mod supervise;

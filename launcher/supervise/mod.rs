@@ -341,6 +341,9 @@ impl<'a> Supervisor<'a> {
             (0, Some(Exit::Resumable), Some(signal)) => {
                 self.finish(Verdict::cancelled(exit_of(signal), format!("{signal} stopped it; what is done is kept")));
             }
+            (0, Some(Exit::Resumable), None) => {
+                self.finish(Verdict::cancelled(Exit::Resumable, end.error.join(": ")));
+            }
             (_, Some(exit), _) => self.fail(Fault::reported(rank, &who, exit, end)),
             (_, None, _) => {}
         }
@@ -609,7 +612,11 @@ impl<'a> Supervisor<'a> {
     }
 
     fn conclude(mut self) -> Outcome<Status> {
-        let verdict = self.verdict.take().unwrap_or_else(Verdict::done);
+        let mut verdict = self.verdict.take().unwrap_or_else(Verdict::done);
+        let is_job = matches!(self.spec.task, Task::Job { .. });
+        if is_job && verdict.exit.is_some_and(Exit::is_resumable) {
+            verdict.hints.push(format!("to go on from where it ended: nemotron resume {}", self.status.run));
+        }
         if let Err(error) = fs::remove_file(self.run_dir.endpoint_file())
             && error.kind() != io::ErrorKind::NotFound
         {
@@ -618,6 +625,9 @@ impl<'a> Supervisor<'a> {
         self.enter(verdict.phase);
         let end = verdict.end();
         self.status.end = Some(end.clone());
+        if let Err(error) = write_json(&self.run_dir.end_file(self.status.attempt), &end) {
+            tracing::warn!(%error, "cannot write how the attempt ended");
+        }
         self.status.eta_s = None;
         let up = [RunPhase::Ready, RunPhase::Draining];
         let worked: f64 = self.phases.iter().filter(|span| up.contains(&span.phase)).map(|span| span.seconds).sum();

@@ -17,18 +17,21 @@ pub(super) struct Fault {
     /// The error, its causes below it.
     pub(super) error: Vec<String>,
     pub(super) hints: Vec<String>,
+    /// The engine itself broke, so that a row it was working on may be the cause. A rank that was killed from outside proves nothing.
+    pub(super) crashed: bool,
 }
 
 impl Fault {
     pub(super) fn new(rank: Option<usize>, exit: Exit, text: impl Into<String>) -> Self {
-        Self { rank, exit, error: vec![text.into()], hints: Vec::new() }
+        Self { rank, exit, error: vec![text.into()], hints: Vec::new(), crashed: false }
     }
 
     /// What the rank reported about itself; `who` names it.
     pub(super) fn reported(rank: usize, who: &str, exit: Exit, end: RankEnd) -> Self {
         let mut error = vec![format!("{who} failed")];
         error.extend(end.error);
-        Self { rank: Some(rank), exit, error, hints: end.hints }
+        let crashed = matches!(exit, Exit::Internal | Exit::OutOfMemory);
+        Self { rank: Some(rank), exit, error, hints: end.hints, crashed }
     }
 
     /// A process that ended without a report.
@@ -42,6 +45,11 @@ impl Fault {
             }
         };
         let mut fault = Self::new(Some(rank), exit, text);
+        let own_fault = [Signal::SIGABRT, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGSEGV];
+        fault.crashed = match status.signal() {
+            Some(signal) => own_fault.iter().any(|&fault| fault as i32 == signal),
+            None => status.code() != Some(0),
+        };
         if status.signal() == Some(Signal::SIGKILL as i32) {
             fault.hints.push("if nobody killed it, the host may have run out of memory: see dmesg".into());
         }
@@ -63,11 +71,12 @@ pub(super) struct Verdict {
     pub(super) rank: Option<usize>,
     pub(super) error: Vec<String>,
     pub(super) hints: Vec<String>,
+    pub(super) crashed: bool,
 }
 
 impl Verdict {
     pub(super) fn done() -> Self {
-        Self { phase: RunPhase::Done, exit: None, rank: None, error: Vec::new(), hints: Vec::new() }
+        Self { phase: RunPhase::Done, exit: None, rank: None, error: Vec::new(), hints: Vec::new(), crashed: false }
     }
 
     pub(super) fn failed(fault: &Fault) -> Self {
@@ -77,11 +86,13 @@ impl Verdict {
             rank: fault.rank,
             error: fault.error.clone(),
             hints: fault.hints.clone(),
+            crashed: fault.crashed,
         }
     }
 
     pub(super) fn cancelled(exit: Exit, text: impl Into<String>) -> Self {
-        Self { phase: RunPhase::Cancelled, exit: Some(exit), rank: None, error: vec![text.into()], hints: Vec::new() }
+        let error = vec![text.into()];
+        Self { phase: RunPhase::Cancelled, exit: Some(exit), rank: None, error, hints: Vec::new(), crashed: false }
     }
 
     /// The cause in one line.
@@ -90,7 +101,13 @@ impl Verdict {
     }
 
     pub(super) fn end(&self) -> End {
-        End { exit: self.exit, exit_code: self.exit.map_or(0, |exit| exit as u8), cause: self.text(), rank: self.rank }
+        End {
+            exit: self.exit,
+            exit_code: self.exit.map_or(0, |exit| exit as u8),
+            cause: self.text(),
+            rank: self.rank,
+            crashed: self.crashed,
+        }
     }
 
     /// The command's failure; `None` when the run succeeded.

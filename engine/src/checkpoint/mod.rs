@@ -12,6 +12,7 @@ mod fields;
 mod folder;
 mod hf;
 mod hf_config;
+mod identity;
 mod nemo;
 mod nemo_config;
 mod safetensors_file;
@@ -27,6 +28,7 @@ use crate::tokenizer::{Tokenizer, TokenizerError};
 
 pub use builtin::BUILTIN_NAME;
 pub use detect::open;
+pub use identity::identity;
 
 /// Element type of stored weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 use crate::chat::{ChatTemplate, Message, Role};
 use crate::error_chain::error_chain;
@@ -27,10 +28,16 @@ pub(super) struct InputRow {
     pub(super) prompt: Vec<u32>,
     /// All other keys of the row, in their order.
     pub(super) carried: Map<String, Value>,
+    /// Of the row as the input has it, and of its id.
+    pub(super) digest: [u8; 32],
+}
+
+fn digest(id: &Value, text: &str) -> [u8; 32] {
+    Sha256::new().chain_update(id.to_string()).chain_update([0]).chain_update(text.trim()).finalize().into()
 }
 
 /// What a row gives the model.
-enum Prompt {
+pub(super) enum Prompt {
     Text(String),
     Messages(Vec<Message>),
 }
@@ -45,7 +52,7 @@ pub(super) struct Encoder<'a> {
 }
 
 impl Encoder<'_> {
-    fn encode(&self, prompt: Prompt) -> Result<Vec<u32>, String> {
+    pub(super) fn encode(&self, prompt: Prompt) -> Result<Vec<u32>, String> {
         let (chat, mut messages) = match (self.chat, prompt) {
             (None, Prompt::Text(text)) => return Ok(self.tokenizer.encode(&text)),
             (None, Prompt::Messages(_)) => return Err("`messages` needs a prompt template other than \"raw\"".into()),
@@ -59,12 +66,12 @@ impl Encoder<'_> {
     }
 }
 
-/// Reads the first `limit` rows.
+/// Reads the first `limit` rows; `encode` says what each gives the model.
 pub(super) fn read(
     file: &JobFile,
     dir: &Path,
     limit: Option<u64>,
-    encoder: &Encoder<'_>,
+    encode: impl Fn(Prompt) -> Result<Vec<u32>, String>,
 ) -> Result<Vec<InputRow>, JobError> {
     let limit = limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
     match (&file.input.path, &file.input.prompts) {
@@ -72,15 +79,16 @@ pub(super) fn read(
             let path = dir.join(path);
             let error = |reason: String| JobError::Input { path: path.clone(), reason };
             let open = File::open(&path).map_err(|source| error(source.to_string()))?;
-            match read_lines(BufReader::new(open), limit, |prompt| encoder.encode(prompt)) {
+            match read_lines(BufReader::new(open), limit, encode) {
                 Ok(rows) if rows.is_empty() && limit > 0 => Err(error("there is no row in it".into())),
                 rows => rows.map_err(error),
             }
         }
         (None, Some(prompts)) => {
             let rows = prompts.iter().take(limit).enumerate().map(|(index, prompt)| {
-                let prompt = encoder.encode(Prompt::Text(prompt.clone()))?;
-                Ok(InputRow { id: index.into(), prompt, carried: Map::new() })
+                let (id, text) = (Value::from(index), prompt.as_str());
+                let digest = digest(&id, text);
+                Ok(InputRow { id, prompt: encode(Prompt::Text(text.into()))?, carried: Map::new(), digest })
             });
             let rows: Result<_, String> = rows.collect();
             rows.map_err(|reason| JobError::Input { path: "input.prompts".into(), reason })
@@ -155,7 +163,8 @@ fn parse_row(
             (Some(_), Some(_)) => return Err("only one of `prompt` and `messages` can be given".into()),
             (None, None) => return Err("one of `prompt` and `messages` is needed".into()),
         };
-    Ok(InputRow { id, prompt: encode(prompt)?, carried })
+    let digest = digest(&id, line);
+    Ok(InputRow { id, prompt: encode(prompt)?, carried, digest })
 }
 
 #[cfg(test)]

@@ -1,18 +1,26 @@
-//! A job file run to its end: rows in, `responses.jsonl` out, in input order.
+//! A job file run to its end: rows in, `responses.jsonl` out, in input order, each exactly once.
 //!
-//! [`Job::load`] reads and checks the whole input before anything is generated; [`Job::run`] generates it.
+//! [`Job::load`] reads and checks the whole input before anything is generated. [`Job::run`] generates what the [`Journal`] does not have
+//! yet, and writes the output from the journal when every row is there. [`Results`] looks into the journal from outside.
 
+mod answer;
+mod archive;
+mod frame;
 mod input;
+mod journal;
 mod output;
+mod record;
+mod results;
 mod run;
+mod work;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::request::RowError;
-
+pub use self::journal::{Journal, JournalOptions};
+pub use self::results::{Results, Stats, Verified};
 pub use self::run::{Job, JobMeasure};
 
 /// A job file. Field by field the contract that users write.
@@ -126,6 +134,10 @@ pub struct JobProgress {
     /// Complete rows, failed ones among them.
     pub rows_done: u64,
     pub rows_failed: u64,
+    /// Of the complete rows: those that earlier attempts completed.
+    #[serde(default)]
+    pub rows_kept: u64,
+    /// Of all complete rows.
     pub prompt_tokens: u64,
     pub completion_tokens: u64,
 }
@@ -142,9 +154,26 @@ pub enum JobError {
         source: std::io::Error,
     },
     #[error("{failed} of {total} rows failed, at most {allowed} may; the first: {first}")]
-    TooManyFailed { failed: u64, total: u64, allowed: u64, first: RowError },
+    TooManyFailed { failed: u64, total: u64, allowed: u64, first: String },
     #[error("the engine failed: {0}")]
     Engine(String),
+    #[error("a row needs {needed} tokens of KV cache, which holds {limit}")]
+    KvTooSmall { needed: usize, limit: usize },
+    #[error("{what} changed since the rows that are done were generated")]
+    Changed { what: &'static str },
+    #[error("attempt {attempt} has taken the job over")]
+    Fenced { attempt: u32 },
+    #[error("the time is over: {done} of {total} rows are done{}", rest(*.rest_s))]
+    Deadline {
+        done: u64,
+        total: u64,
+        /// Seconds for the others at this attempt's rate, if it completed any.
+        rest_s: Option<f64>,
+    },
     #[error("stopped before the end")]
     Stopped,
+}
+
+fn rest(seconds: Option<f64>) -> String {
+    seconds.map_or_else(String::new, |seconds| format!(", the others need about {:.0} s more", seconds.ceil()))
 }

@@ -1,79 +1,85 @@
-//! The output file: lines in input order, however they come, and nothing under the final name until all are there.
+//! The output file: written from the journal when all rows are there, in input order, and named when it is on the disk.
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::JobError;
+use super::archive::Archive;
 
-/// Collects numbered lines. Dropping it leaves the partial file behind.
-pub(super) struct OrderedOutput {
-    path: PathBuf,
-    partial: PathBuf,
-    file: BufWriter<File>,
-    next: usize,
-    /// Lines whose predecessors are missing.
-    waiting: BTreeMap<usize, String>,
+/// Between two tries after storage trouble.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// `<path>.partial`, in the directory of `path` so that it can be renamed.
+fn partial(path: &Path) -> PathBuf {
+    let mut partial: OsString = path.into();
+    partial.push(".partial");
+    partial.into()
 }
 
-impl OrderedOutput {
-    /// Starts `<path>.partial`, in the directory of `path` so that it can be renamed.
-    ///
-    /// # Errors
-    /// `path` is `input` or a directory, or its directory cannot be written.
-    pub(super) fn create(path: PathBuf, input: Option<&Path>) -> Result<Self, JobError> {
-        let mut partial: OsString = path.clone().into();
-        partial.push(".partial");
-        let partial = PathBuf::from(partial);
-        let open = || {
-            if path.is_dir() {
-                return Err(io::ErrorKind::IsADirectory.into());
-            }
-            if let (Some(input), Ok(output)) = (input, path.canonicalize())
-                && input.canonicalize()? == output
-            {
-                return Err(io::Error::other("it is the input"));
-            }
-            File::create(&partial)
-        };
-        match open() {
-            Ok(file) => Ok(Self { path, partial, file: BufWriter::new(file), next: 0, waiting: BTreeMap::new() }),
-            Err(source) => Err(JobError::Output { path, source }),
+/// Finds out before anything is generated whether the output can be written, and leaves what is there as it is.
+///
+/// # Errors
+/// `path` is `input` or a directory, or its directory cannot be written.
+pub(super) fn check(path: &Path, input: Option<&Path>) -> Result<(), JobError> {
+    let check = || {
+        if path.is_dir() {
+            return Err(io::ErrorKind::IsADirectory.into());
         }
-    }
-
-    /// Lines that are written, which are the first ones.
-    pub(super) fn num_written(&self) -> usize {
-        self.next
-    }
-
-    /// Takes line `index`, without a line break.
-    pub(super) fn put(&mut self, index: usize, line: String) -> Result<(), JobError> {
-        self.waiting.insert(index, line);
-        let written = self.write_ready();
-        written.map_err(|source| JobError::Output { path: self.partial.clone(), source })
-    }
-
-    fn write_ready(&mut self) -> io::Result<()> {
-        while let Some(line) = self.waiting.remove(&self.next) {
-            writeln!(self.file, "{line}")?;
-            self.next += 1;
+        if let (Some(input), Ok(output)) = (input, path.canonicalize())
+            && input.canonicalize()? == output
+        {
+            return Err(io::Error::other("it is the input"));
         }
-        self.file.flush()
-    }
+        let partial = partial(path);
+        File::create(&partial)?;
+        fs::remove_file(&partial)
+    };
+    check().map_err(|source| JobError::Output { path: path.to_owned(), source })
+}
 
-    /// Gives the file its name, once it is on the disk.
-    pub(super) fn finish(mut self) -> Result<(), JobError> {
-        let mut rename = || {
-            self.file.flush()?;
-            self.file.get_ref().sync_all()?;
-            fs::rename(&self.partial, &self.path)?;
-            let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
-            File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
-        };
-        rename().map_err(|source| JobError::Output { path: self.path, source })
+/// Writes all rows of a complete archive; a reader of `path` sees the old file or the whole new one.
+pub(super) fn write(path: &Path, archive: &Archive) -> Result<(), JobError> {
+    let partial = partial(path);
+    let write = || {
+        let mut file = BufWriter::with_capacity(1 << 20, File::create(&partial)?);
+        lines(archive, |line| writeln!(file, "{line}"))?;
+        file.flush()?;
+        file.get_ref().sync_all()?;
+        fs::rename(&partial, path)?;
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
+    };
+    write().map_err(|source| JobError::Output { path: path.to_owned(), source })
+}
+
+/// What the first failed row of the archive says about itself.
+pub(super) fn first_failure(archive: &Archive) -> Option<String> {
+    let rows = archive.places.iter().flatten().filter_map(|&place| archive.done(place).ok());
+    let failed = rows
+        .filter(|row| row.counts.failed)
+        .find_map(|row| serde_json::from_str::<serde_json::Value>(&row.line).ok())?;
+    failed["error"]["message"].as_str().map(String::from)
+}
+
+/// Hands out the lines of all rows that are done, in the order of the input.
+pub(super) fn lines(archive: &Archive, mut take: impl FnMut(&str) -> io::Result<()>) -> io::Result<()> {
+    archive.places.iter().flatten().try_for_each(|&place| take(&archive.done(place)?.line))
+}
+
+/// Tries until it works or patience is over.
+pub(super) async fn patiently(patience: Duration, attempt: impl Fn() -> Result<(), JobError>) -> Result<(), JobError> {
+    let begin = Instant::now();
+    loop {
+        match attempt() {
+            Err(error) if begin.elapsed() < patience => {
+                tracing::warn!(%error, "the output cannot be written for now");
+                tokio::time::sleep(RETRY.min(patience)).await;
+            }
+            outcome => return outcome,
+        }
     }
 }
 
@@ -83,23 +89,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_come_in_order_and_the_name_comes_last() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("out.jsonl");
-        fs::write(&path, "old").unwrap();
-        let mut output = OrderedOutput::create(path.clone(), None).unwrap();
-        output.put(2, "c".into()).unwrap();
-        output.put(0, "a".into()).unwrap();
-        assert_eq!(output.num_written(), 1);
-        assert_eq!(fs::read_to_string(dir.path().join("out.jsonl.partial")).unwrap(), "a\n");
-        output.put(1, "b".into()).unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "old");
-        output.finish().unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "a\nb\nc\n");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
     fn places_that_cannot_be_written_are_refused_at_once() {
         let dir = tempfile::tempdir().unwrap();
         let input = dir.path().join("in.jsonl");
@@ -107,18 +96,14 @@ mod tests {
         let link = dir.path().join("link.jsonl");
         std::os::unix::fs::symlink(&input, &link).unwrap();
         for path in [dir.path().join("missing/out.jsonl"), dir.path().to_owned(), input.clone(), link] {
-            let error = OrderedOutput::create(path.clone(), Some(&input)).err().unwrap();
+            let error = check(&path, Some(&input)).unwrap_err();
             assert!(matches!(error, JobError::Output { path: named, .. } if named == path));
         }
         assert_eq!(fs::read_to_string(&input).unwrap(), "");
-    }
-
-    #[test]
-    fn a_full_disk_is_an_output_error() {
-        let full = PathBuf::from("/dev/full");
-        let file = BufWriter::new(File::options().write(true).open(&full).unwrap());
-        let mut output =
-            OrderedOutput { path: full.clone(), partial: full.clone(), file, next: 0, waiting: BTreeMap::new() };
-        assert!(matches!(output.put(0, "a".into()), Err(JobError::Output { path, .. }) if path == full));
+        let output = dir.path().join("out.jsonl");
+        fs::write(&output, "old").unwrap();
+        check(&output, Some(&input)).unwrap();
+        assert_eq!(fs::read_to_string(&output).unwrap(), "old");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
     }
 }

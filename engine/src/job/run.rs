@@ -1,10 +1,8 @@
-//! Rows of a job through the engine.
+//! A job that is read and tokenised, and the way from there to its output.
 
 use std::path::{Path, PathBuf};
-use std::pin::pin;
+use std::time::Instant;
 
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -12,26 +10,25 @@ use crate::chat::ChatTemplate;
 use crate::end_strings;
 use crate::engine::{Engine, Row};
 use crate::error_chain::error_chain;
-use crate::request::{Event, FinishReason, LogprobSpec, Request, RowError, Sampling, Stopping};
-use crate::tokenizer::{Detokenizer, Tokenizer};
+use crate::request::{LogprobSpec, Request, RowError, Sampling, Stopping};
+use crate::tokenizer::Tokenizer;
 
 use super::input::{self, Encoder, InputRow};
-use super::output::OrderedOutput;
+use super::journal::{Journal, JournalOptions};
+use super::output;
+use super::record::{self, Header, Key, hex};
+use super::work::Work;
 use super::{ContextOverflow, Generation, JobError, JobFile, JobProgress, JobSampling};
-
-/// Rows that the engine has at a time: more than it can run, so that it always finds one to admit.
-const MAX_IN_FLIGHT: usize = 512;
-
-/// Rows between the first that is not done and the last that was begun: what one long row can make us hold.
-const MAX_AHEAD: usize = 8192;
 
 /// A job file whose input is read and tokenised.
 pub struct Job {
-    rows: Vec<InputRow>,
+    pub(super) rows: Vec<InputRow>,
     sampling: JobSampling,
-    generation: Generation,
-    input: Option<PathBuf>,
-    output: PathBuf,
+    pub(super) generation: Generation,
+    /// What, of the job file, determines rows.
+    settings: String,
+    pub(super) input: Option<PathBuf>,
+    pub(super) output: PathBuf,
 }
 
 /// What a job would take.
@@ -55,28 +52,35 @@ impl Job {
     /// The input or the template cannot be read, or a row is not as it must be.
     pub fn load(file: &JobFile, dir: &Path, limit: Option<u64>, tokenizer: &Tokenizer) -> Result<Self, JobError> {
         let template = file.prompt.template.as_str();
-        let chat = match template {
-            "raw" => None,
+        let (chat, source) = match template {
+            "raw" => (None, String::new()),
             // A built-in template's name has neither a directory nor an extension.
             path if path.contains(['/', '.']) => {
                 let path = dir.join(path);
                 let source = std::fs::read_to_string(&path)
                     .map_err(|error| JobError::Input { path: path.clone(), reason: error.to_string() })?;
-                Some(ChatTemplate::from_source(&source, template))
+                (Some(ChatTemplate::from_source(&source, template)), source)
             }
-            name => Some(ChatTemplate::builtin(name)),
+            name => (Some(ChatTemplate::builtin(name)), name.to_owned()),
         };
         let chat = chat
             .transpose()
             .map_err(|error| JobError::Input { path: "prompt.template".into(), reason: error_chain(&error) })?;
         let encoder = Encoder { tokenizer, chat: chat.as_ref(), system: &file.prompt.system };
-        Ok(Self {
-            rows: input::read(file, dir, limit, &encoder)?,
+        let rows = input::read(file, dir, limit, |prompt| encoder.encode(prompt))?;
+        let settings = json!([source, file.prompt.system, file.sampling, file.generation.context_overflow]);
+        Ok(Self { settings: settings.to_string(), ..Self::of_rows(file, dir, rows) })
+    }
+
+    pub(super) fn of_rows(file: &JobFile, dir: &Path, rows: Vec<InputRow>) -> Self {
+        Self {
+            rows,
             sampling: file.sampling.clone(),
             generation: file.generation.clone(),
+            settings: String::new(),
             input: file.input.path.as_ref().map(|path| dir.join(path)),
             output: dir.join(&file.output.path),
-        })
+        }
     }
 
     /// Counts rows and tokens without generating any. `context` is what prompt and completion may have together.
@@ -96,86 +100,92 @@ impl Job {
         measure
     }
 
-    /// Generates all rows and writes the output file; `progress` hears of each row that is done.
+    /// Takes over the journal of the job's run.
     ///
     /// # Errors
-    /// The output cannot be written, more rows failed than may, the engine failed, or `stop` resolved first. Only in the second case is there
-    /// an output file; otherwise what was there stays as it was, and a `.partial` file beside it has the rows up to the first that is missing.
+    /// See [`JobError`]: what the finished rows were made from has changed, another attempt writes, or the storage fails.
+    pub fn open_journal(&self, options: JournalOptions) -> Result<Journal, JobError> {
+        output::check(&self.output, self.input.as_deref())?;
+        let settings = Sha256::new().chain_update(&options.model).chain_update([0]).chain_update(&self.settings);
+        let settings = hex(&settings.finalize());
+        let input = self.rows.iter().fold(Sha256::new(), |hash, row| hash.chain_update(row.digest));
+        let keys = self.keys(&settings);
+        let header = Header {
+            schema: 1,
+            attempt: options.attempt,
+            model: options.model.clone(),
+            settings,
+            input: hex(&input.finalize()),
+            rows: keys.len() as u64,
+        };
+        Journal::open(options, &header, keys)
+    }
+
+    /// One a row of the output, in its order.
+    pub(super) fn keys(&self, settings: &str) -> Vec<Key> {
+        let samples = 0..self.generation.samples_per_prompt;
+        let keys = |row: &InputRow| samples.clone().map(|sample| record::key(settings, &row.digest, sample)).collect();
+        self.rows.iter().flat_map(|row| -> Vec<Key> { keys(row) }).collect()
+    }
+
+    /// Generates the rows that the journal does not have and writes the output file; `progress` hears how many are done for good.
+    ///
+    /// # Errors
+    /// Storage failed for longer than the journal bears it, more rows failed than may, the engine failed, `deadline` came, or `stop` resolved
+    /// first. The output file is there if all rows are, even when too many failed; otherwise what was there stays as it was.
     pub async fn run(
         &self,
         engine: &Engine,
         tokenizer: &Tokenizer,
+        journal: Journal,
+        deadline: Option<Instant>,
         progress: &(dyn Fn(JobProgress) + Send + Sync),
         stop: impl Future<Output = ()> + Send,
     ) -> Result<JobProgress, JobError> {
-        let mut stop = pin!(stop);
-        let mut output = OrderedOutput::create(self.output.clone(), self.input.as_deref())?;
         let info = engine.info();
-        let eos = end_strings::eos_id(info, tokenizer);
-        let sampling = &self.sampling;
-        let stopping = end_strings::stopping(
-            tokenizer,
-            eos,
-            &sampling.end_strings,
-            sampling.tokens_to_generate,
-            sampling.min_tokens_to_generate,
-        );
-        let samples = self.generation.samples_per_prompt as usize;
-        let total = self.rows.len() * samples;
-        let mut done = JobProgress { rows_total: total as u64, ..JobProgress::default() };
-        progress(done);
-        let mut in_flight = FuturesUnordered::new();
-        let mut next = 0;
-        let mut first_failure = None;
-        while output.num_written() < total {
-            while next < total && in_flight.len() < MAX_IN_FLIGHT && next - output.num_written() < MAX_AHEAD {
-                let (index, row, sample) = (next, &self.rows[next / samples], (next % samples) as u32);
-                let submitted = self.submit(engine, &stopping, row, sample);
-                in_flight.push(async move { (index, collect(submitted).await) });
-                next += 1;
-            }
-            let (index, result) = tokio::select! {
-                biased;
-                () = &mut stop => return Err(JobError::Stopped),
-                Some(finished) = in_flight.next() => finished,
-            };
-            let (row, sample) = (&self.rows[index / samples], (index % samples) as u32);
-            let result = match result {
-                Err(RowError::EngineFailed(reason)) => return Err(JobError::Engine(reason)),
-                Err(RowError::ShuttingDown) => return Err(JobError::Stopped),
-                result => result.map(|completed| completed.outcome(tokenizer, &stopping)),
-            };
-            done.rows_done += 1;
-            match &result {
-                Ok(outcome) => {
-                    done.prompt_tokens += outcome.prompt_tokens as u64;
-                    done.completion_tokens += outcome.completion_tokens as u64;
-                }
-                Err(error) => {
-                    done.rows_failed += 1;
-                    first_failure.get_or_insert_with(|| error.clone());
-                }
-            }
-            output.put(index, output_line(row, sample, self.seed(row, sample), result))?;
-            progress(done);
+        let fits = |row: &InputRow| self.fit(row.prompt.len(), info.max_context).ok();
+        let needed = self.rows.iter().filter_map(fits).map(|(prompt, new)| prompt + new as usize).max();
+        if let Some(needed) = needed.filter(|&needed| needed > info.kv_tokens) {
+            // As an error of rows it would make the output depend on the machine's memory.
+            return Err(JobError::KvTooSmall { needed, limit: info.kv_tokens });
         }
-        output.finish()?;
-        let allowed = (self.generation.max_failed * total as f64).floor() as u64;
-        if let Some(first) = first_failure.filter(|_| done.rows_failed > allowed) {
-            return Err(JobError::TooManyFailed { failed: done.rows_failed, total: total as u64, allowed, first });
+        let patience = journal.options.patience;
+        let mut stop = std::pin::pin!(stop);
+        let (archive, done) = Work::new(self, engine, tokenizer, journal, deadline, progress)?.run(&mut stop).await?;
+        let write = || output::write(&self.output, &archive);
+        tokio::select! {
+            biased;
+            () = &mut stop => return Err(JobError::Stopped),
+            written = output::patiently(patience, write) => written?,
+        }
+        let allowed = (self.generation.max_failed * done.rows_total as f64).floor() as u64;
+        if done.rows_failed > allowed {
+            let first = output::first_failure(&archive).unwrap_or_default();
+            return Err(JobError::TooManyFailed { failed: done.rows_failed, total: done.rows_total, allowed, first });
         }
         Ok(done)
     }
 
-    fn submit(
+    pub(super) fn stopping(&self, engine: &Engine, tokenizer: &Tokenizer) -> Stopping {
+        let sampling = &self.sampling;
+        end_strings::stopping(
+            tokenizer,
+            end_strings::eos_id(engine.info(), tokenizer),
+            &sampling.end_strings,
+            sampling.tokens_to_generate,
+            sampling.min_tokens_to_generate,
+        )
+    }
+
+    /// The prompt as the model sees it, and the row in the engine.
+    pub(super) fn submit(
         &self,
         engine: &Engine,
         stopping: &Stopping,
         row: &InputRow,
         sample: u32,
     ) -> Result<(Vec<u32>, Row), RowError> {
-        let info = engine.info();
-        let (prompt_len, max_new_tokens) = self.fit(row.prompt.len(), info.max_context.min(info.kv_tokens))?;
+        let (prompt_len, max_new_tokens) = self.fit(row.prompt.len(), engine.info().max_context)?;
         let prompt = row.prompt[row.prompt.len() - prompt_len..].to_vec();
         let sampling = &self.sampling;
         let request = Request {
@@ -212,118 +222,14 @@ impl Job {
 
     /// What a row's random numbers come from: the job's seed, the row's id and the sample alone. Below 2^53, so that every JSON reader
     /// takes it exactly.
-    fn seed(&self, row: &InputRow, sample: u32) -> u64 {
+    pub(super) fn seed(&self, row: &InputRow, sample: u32) -> u64 {
         let key = json!([self.sampling.random_seed, row.id, sample]).to_string();
         let digest = Sha256::digest(key.as_bytes());
         digest[..8].iter().fold(0, |seed, &byte| seed << 8 | u64::from(byte)) >> 11
     }
 }
 
-/// A row that was generated.
-struct Completed {
-    prompt: Vec<u32>,
-    new_ids: Vec<u32>,
-    reason: FinishReason,
-}
-
-async fn collect(submitted: Result<(Vec<u32>, Row), RowError>) -> Result<Completed, RowError> {
-    let (prompt, mut row) = submitted?;
-    let mut new_ids = Vec::new();
-    while let Some(event) = row.events.recv().await {
-        match event {
-            Event::Prompt(_) => {}
-            Event::Token { id, .. } => new_ids.push(id),
-            Event::Finished(finish) => return Ok(Completed { prompt, new_ids, reason: finish.reason }),
-            Event::Failed(error) => return Err(error),
-        }
-    }
-    Err(RowError::EngineFailed("it dropped the row".into()))
-}
-
-/// What a line of the output says about a row.
-#[derive(Default)]
-struct Outcome {
-    response: String,
-    /// `None` for a failed row.
-    reason: Option<FinishReason>,
-    prompt_tokens: usize,
-    completion_tokens: usize,
-}
-
-fn output_line(row: &InputRow, sample: u32, seed: u64, result: Result<Outcome, RowError>) -> String {
-    let (outcome, error) = match result {
-        Ok(outcome) => (outcome, None),
-        Err(error) => (Outcome::default(), Some(json!({"code": error_code(&error), "message": error.to_string()}))),
-    };
-    let mut line = json!({
-        "id": row.id,
-        "sample": sample,
-        "response": outcome.response,
-        "finish_reason": outcome.reason.map_or(json!("error"), |reason| json!(reason)),
-        "prompt_tokens": outcome.prompt_tokens,
-        "completion_tokens": outcome.completion_tokens,
-        "seed": seed,
-    });
-    if let Some(error) = error {
-        line["error"] = error;
-    }
-    for (key, value) in &row.carried {
-        line[key] = value.clone();
-    }
-    line.to_string()
-}
-
-fn error_code(error: &RowError) -> &'static str {
-    match error {
-        RowError::EmptyPrompt => "empty_prompt",
-        RowError::UnknownToken { .. } => "unknown_token",
-        RowError::TooLong { .. } | RowError::KvTooSmall { .. } => "context_overflow",
-        RowError::NotFinite => "not_finite",
-        RowError::ShuttingDown | RowError::EngineFailed(_) => "engine",
-    }
-}
-
-impl Completed {
-    fn outcome(&self, tokenizer: &Tokenizer, stopping: &Stopping) -> Outcome {
-        Outcome {
-            response: self.response(tokenizer, stopping),
-            reason: Some(self.reason),
-            prompt_tokens: self.prompt.len(),
-            completion_tokens: self.new_ids.len(),
-        }
-    }
-
-    /// The new text without what ended it.
-    fn response(&self, tokenizer: &Tokenizer, stopping: &Stopping) -> String {
-        let stopped = self.reason == FinishReason::Stop;
-        let by_id = |id: &u32| stopped && (stopping.eos_ids.contains(id) || stopping.stop_ids.contains(id));
-        let (ids, by_id) = match self.new_ids.split_last() {
-            Some((last, rest)) if by_id(last) => (rest, true),
-            _ => (self.new_ids.as_slice(), false),
-        };
-        let mut text = String::new();
-        let mut detokenizer = Detokenizer::new(tokenizer, &self.prompt);
-        ids.iter().for_each(|&id| detokenizer.push(id, &mut text));
-        detokenizer.finish(&mut text);
-        if stopped && !by_id {
-            let prompt = tokenizer.decode(&self.prompt);
-            text.truncate(len_before_end_string(&prompt, &text, &stopping.stop_strings));
-        }
-        text
-    }
-}
-
-/// Bytes of `text` before the longest end string that prompt and text end with; it may begin in the prompt.
-fn len_before_end_string(prompt: &str, text: &str, end_strings: &[String]) -> usize {
-    let len = |end: &String| match text.strip_suffix(end.as_str()) {
-        Some(rest) => Some(rest.len()),
-        None => end.strip_suffix(text).filter(|head| prompt.ends_with(head)).map(|_| 0),
-    };
-    end_strings.iter().filter_map(len).min().unwrap_or(text.len())
-}
-
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use serde_json::{Map, Value};
 
@@ -335,6 +241,7 @@ mod tests {
             sampling: JobSampling { tokens_to_generate, ..JobSampling::default() },
             generation: Generation { context_overflow, ..Generation::default() },
             input: None,
+            settings: String::new(),
             output: PathBuf::new(),
         }
     }
@@ -356,37 +263,12 @@ mod tests {
     #[test]
     fn seeds_depend_on_job_seed_id_and_sample_only() {
         let job = job(1, ContextOverflow::Reject);
-        let row = |id: Value, prompt: u32| InputRow { id, prompt: vec![prompt], carried: Map::new() };
+        let row = |id: Value, prompt: u32| InputRow { id, prompt: vec![prompt], carried: Map::new(), digest: [0; 32] };
         let seed = job.seed(&row(json!("a"), 1), 0);
         assert_eq!(seed, job.seed(&row(json!("a"), 2), 0));
         assert!(seed < 1 << 53);
         let others = [job.seed(&row(json!("a"), 1), 1), job.seed(&row(json!("b"), 1), 0)];
         assert!(!others.contains(&seed));
         assert_ne!(job.seed(&row(json!(1), 1), 0), job.seed(&row(json!("1"), 1), 0));
-    }
-
-    #[test]
-    fn the_longest_end_string_is_cut_even_if_it_began_in_the_prompt() {
-        let ends: Vec<String> = ["", "\n", "User\n", "Human:"].map(String::from).to_vec();
-        for (prompt, text, left) in [
-            ("p", "hello User\n", "hello "),
-            ("p", "hello\n", "hello"),
-            ("p", "hello", "hello"),
-            ("Hum", "an:", ""),
-            ("p", "an:", "an:"),
-        ] {
-            assert_eq!(&text[..len_before_end_string(prompt, text, &ends)], left, "{prompt}|{text}");
-        }
-    }
-
-    #[test]
-    fn failed_rows_have_a_line_with_code_and_carried_keys() {
-        let carried = json!({"topic": "sea", "n": 1}).as_object().unwrap().clone();
-        let row = InputRow { id: json!("k"), prompt: Vec::new(), carried };
-        let line = output_line(&row, 1, 9, Err(RowError::TooLong { needed: 7, limit: 6 }));
-        assert_eq!(
-            line,
-            r#"{"id":"k","sample":1,"response":"","finish_reason":"error","prompt_tokens":0,"completion_tokens":0,"seed":9,"error":{"code":"context_overflow","message":"7 tokens (prompt and new ones) exceed the context of 6"},"topic":"sea","n":1}"#
-        );
     }
 }

@@ -1,0 +1,135 @@
+//! What a job's journal and output hold, for those who look from outside, whether the run goes on or has ended.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use super::archive::{Archive, newest_header};
+use super::record::hex;
+use super::run::Job;
+use super::{JobError, JobFile, JobProgress, input, output};
+
+/// The rows of a job that are done so far.
+pub struct Results {
+    archive: Archive,
+    output: PathBuf,
+}
+
+/// What is known about the rows of a job.
+#[derive(Clone, Debug, Serialize)]
+pub struct Stats {
+    pub rows: JobProgress,
+    pub rows_missing: u64,
+    /// Attempts that wrote to the journal.
+    pub attempts: u32,
+    /// Records that were damaged on the disk; their rows are generated again.
+    pub records_damaged: u64,
+    /// Rows of which there is more than one record: in flight at a crash.
+    pub rows_repeated: u64,
+    /// How many rows ended for which reason; of failed ones, the error's code.
+    pub endings: BTreeMap<String, u64>,
+}
+
+/// Whether the output is what the journal says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Verified {
+    pub output: PathBuf,
+    /// Every row is in the journal.
+    pub complete: bool,
+    /// The output has each row once, in input order, with the bytes of the journal.
+    pub output_matches: bool,
+    /// What is wrong with the output.
+    pub problem: Option<String>,
+    /// SHA-256 of the lines that the journal has.
+    pub sha256: String,
+}
+
+impl Results {
+    /// Reads the journal in `journal` of the job's first `limit` rows. Relative paths are relative to `dir`.
+    ///
+    /// # Errors
+    /// The input or the journal cannot be read, or nothing was journaled yet.
+    pub fn read(file: &JobFile, dir: &Path, limit: Option<u64>, journal: &Path) -> Result<Self, JobError> {
+        let header = newest_header(journal)?.ok_or_else(|| JobError::Output {
+            path: journal.to_owned(),
+            source: io::Error::new(io::ErrorKind::NotFound, "no attempt has begun its journal yet"),
+        })?;
+        // What the model would see does not matter here.
+        let job = Job::of_rows(file, dir, input::read(file, dir, limit, |_| Ok(Vec::new()))?);
+        Ok(Self { archive: Archive::read(journal, &job.keys(&header.settings))?, output: job.output })
+    }
+
+    pub fn stats(&self) -> Result<Stats, JobError> {
+        let mut endings = BTreeMap::new();
+        self.each_line(|line| {
+            let text = |pointer| Some(line.pointer(pointer)?.as_str()?.to_owned());
+            let ending = text("/error/code").or_else(|| text("/finish_reason")).unwrap_or_default();
+            *endings.entry(ending).or_default() += 1;
+            Ok(())
+        })?;
+        let rows = self.archive.progress;
+        Ok(Stats {
+            rows,
+            rows_missing: rows.rows_total - rows.rows_done,
+            attempts: self.archive.attempts,
+            records_damaged: self.archive.damage.damaged,
+            rows_repeated: self.archive.repeated,
+            endings,
+        })
+    }
+
+    /// Hands out the lines of rows that failed, in the order of the input.
+    pub fn failed(&self, mut take: impl FnMut(&serde_json::Value) -> io::Result<()>) -> Result<(), JobError> {
+        self.each_line(|line| if line.get("error").is_some() { take(line) } else { Ok(()) })
+    }
+
+    fn each_line(&self, mut take: impl FnMut(&serde_json::Value) -> io::Result<()>) -> Result<(), JobError> {
+        let read = output::lines(&self.archive, |line| take(&serde_json::from_str(line)?));
+        read.map_err(|source| JobError::Output { path: "the journal".into(), source })
+    }
+
+    /// Compares the output with the journal, byte for byte.
+    pub fn verify(&self) -> Result<Verified, JobError> {
+        let mut hash = Sha256::new();
+        let mut problem = None;
+        let mut output = match File::open(&self.output) {
+            Ok(file) => Some(BufReader::new(file)),
+            Err(error) => {
+                problem = Some(error.to_string());
+                None
+            }
+        };
+        let (mut number, mut bytes) = (0, Vec::new());
+        let read = output::lines(&self.archive, |line| {
+            hash.update(line);
+            hash.update("\n");
+            number += 1;
+            if let Some(file) = output.as_mut().filter(|_| problem.is_none()) {
+                bytes.clear();
+                file.read_until(b'\n', &mut bytes)?;
+                if bytes.strip_suffix(b"\n") != Some(line.as_bytes()) {
+                    problem = Some(format!("line {number} is not the one that the journal has"));
+                }
+            }
+            Ok(())
+        });
+        read.map_err(|source| JobError::Output { path: self.output.clone(), source })?;
+        if let (Some(file), None) = (&mut output, &problem) {
+            let more = file.fill_buf().map_err(|source| JobError::Output { path: self.output.clone(), source })?;
+            if !more.is_empty() {
+                problem = Some(format!("it goes on after line {number}"));
+            }
+        }
+        Ok(Verified {
+            output: self.output.clone(),
+            complete: self.archive.progress.rows_done == self.archive.progress.rows_total,
+            output_matches: problem.is_none(),
+            problem,
+            sha256: hex(&hash.finalize()),
+        })
+    }
+}

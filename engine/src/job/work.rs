@@ -1,0 +1,262 @@
+//! The rows that are not done yet, through the engine and into the journal.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt as _;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::watch;
+
+use crate::engine::{Engine, Row};
+use crate::request::{Event, RowError, Stopping};
+use crate::tokenizer::Tokenizer;
+
+use super::answer::{self, Completed, RowFailure};
+use super::archive::Archive;
+use super::journal::{Journal, Reply, Strikes, Writer};
+use super::record::Key;
+use super::run::Job;
+use super::{JobError, JobProgress};
+
+/// Rows that the engine has at a time: more than it can run, so that it always finds one to admit.
+const MAX_IN_FLIGHT: usize = 512;
+
+/// Finished rows that may wait for the disk; beyond it no row is admitted.
+const MAX_UNCOMMITTED: usize = 4096;
+
+/// Left before the deadline to bring the last rows to the disk, as a share of the time that there was, and within which bounds.
+const MARGIN: (f64, Duration, Duration) = (0.05, Duration::from_secs(1), Duration::from_secs(30));
+
+/// A row is given this many times the longest that was seen.
+const CAUTION: f64 = 1.25;
+
+/// A crash of the engine twice with the row in flight, the second time alone.
+const POISON: u32 = 2;
+
+/// What came of a submitted row.
+enum Fate {
+    Completed(Completed, Duration),
+    Failed(RowError),
+    /// It had not begun when admission was closed.
+    Abandoned,
+}
+
+pub(super) struct Work<'a> {
+    job: &'a Job,
+    engine: &'a Engine,
+    tokenizer: &'a Tokenizer,
+    progress: &'a (dyn Fn(JobProgress) + Send + Sync),
+    stopping: Stopping,
+    archive: Archive,
+    writer: Writer,
+    keys: Vec<Key>,
+    /// Rows to admit, in the order of the input.
+    fresh: VecDeque<usize>,
+    /// Rows that were in flight when the engine crashed: one at a time after all others, so that another crash names its row.
+    suspects: VecDeque<usize>,
+    in_flight: FuturesUnordered<BoxFuture<'a, (usize, Fate)>>,
+    /// Rows that the writer has and the disk does not.
+    uncommitted: usize,
+    trouble: bool,
+    /// Admission is closed: what has begun is finished, and that is all.
+    closing: watch::Sender<bool>,
+    deadline: Option<Instant>,
+    began: Instant,
+    /// The longest that a row ran.
+    longest: Duration,
+}
+
+impl<'a> Work<'a> {
+    pub(super) fn new(
+        job: &'a Job,
+        engine: &'a Engine,
+        tokenizer: &'a Tokenizer,
+        mut journal: Journal,
+        deadline: Option<Instant>,
+        progress: &'a (dyn Fn(JobProgress) + Send + Sync),
+    ) -> Result<Self, JobError> {
+        let keys = std::mem::take(&mut journal.keys);
+        let strikes = std::mem::take(&mut journal.strikes);
+        let dir = journal.options.dir.clone();
+        let (mut archive, writer) = journal.start().map_err(|source| JobError::Output { path: dir, source })?;
+        archive.progress.rows_kept = archive.progress.rows_done;
+        progress(archive.progress);
+        let missing = (0..keys.len()).filter(|&row| archive.places[row].is_none());
+        let (suspects, fresh): (VecDeque<_>, VecDeque<_>) = missing.partition(|row| strikes.contains_key(row));
+        let mut work = Self {
+            stopping: job.stopping(engine, tokenizer),
+            job,
+            engine,
+            tokenizer,
+            progress,
+            archive,
+            writer,
+            keys,
+            fresh,
+            suspects: VecDeque::new(),
+            in_flight: FuturesUnordered::new(),
+            uncommitted: 0,
+            trouble: false,
+            closing: watch::Sender::new(false),
+            deadline,
+            began: Instant::now(),
+            longest: Duration::ZERO,
+        };
+        for row in suspects {
+            match strikes.get(&row) {
+                Some(&Strikes { count: POISON.., alone: true }) => work.record(row, Err(RowFailure::poison())),
+                _ => work.suspects.push_back(row),
+            }
+        }
+        Ok(work)
+    }
+
+    /// Until every row is on the disk.
+    pub(super) async fn run(
+        mut self,
+        stop: &mut Pin<&mut (impl Future<Output = ()> + Send)>,
+    ) -> Result<(Archive, JobProgress), JobError> {
+        loop {
+            self.admit();
+            if self.in_flight.is_empty() && self.uncommitted == 0 {
+                if self.archive.progress.rows_done == self.archive.progress.rows_total {
+                    let progress = self.archive.progress;
+                    return Ok((self.archive, progress));
+                }
+                if *self.closing.borrow() {
+                    return Err(self.out_of_time());
+                }
+            }
+            let next_stop = self.next_stop();
+            tokio::select! {
+                biased;
+                () = stop.as_mut() => return Err(JobError::Stopped),
+                Some(reply) = self.writer.replies.recv() => self.replied(reply)?,
+                Some((row, fate)) = self.in_flight.next() => self.finished(row, fate)?,
+                () = sleep_until(next_stop) => {
+                    if self.closing.send_replace(true) {
+                        return Err(self.out_of_time());
+                    }
+                    tracing::info!("no more rows are begun: they could not end before the deadline");
+                }
+            }
+        }
+    }
+
+    /// Gives the engine what it may have.
+    fn admit(&mut self) {
+        if self.trouble || *self.closing.borrow() {
+            return;
+        }
+        while self.in_flight.len() < MAX_IN_FLIGHT && self.uncommitted < MAX_UNCOMMITTED {
+            let next = match self.fresh.pop_front() {
+                None if self.in_flight.is_empty() => self.suspects.pop_front(),
+                next => next,
+            };
+            let Some(index) = next else { return };
+            let (row, sample) = self.row(index);
+            self.writer.begun(self.keys[index]);
+            let submitted = self.job.submit(self.engine, &self.stopping, row, sample);
+            let closing = self.closing.subscribe();
+            self.in_flight.push(Box::pin(async move { (index, collect(submitted, closing).await) }));
+        }
+    }
+
+    fn row(&self, index: usize) -> (&'a super::input::InputRow, u32) {
+        let samples = self.job.generation.samples_per_prompt as usize;
+        (&self.job.rows[index / samples], (index % samples) as u32)
+    }
+
+    fn finished(&mut self, index: usize, fate: Fate) -> Result<(), JobError> {
+        match fate {
+            Fate::Completed(completed, ran) => {
+                self.longest = self.longest.max(ran);
+                self.record(index, Ok(completed.outcome(self.tokenizer, &self.stopping)));
+            }
+            Fate::Failed(RowError::EngineFailed(reason)) => return Err(JobError::Engine(reason)),
+            Fate::Failed(RowError::ShuttingDown) => return Err(JobError::Stopped),
+            Fate::Failed(error) => self.record(index, Err(error.into())),
+            Fate::Abandoned => {}
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, index: usize, result: Result<answer::Outcome, RowFailure>) {
+        let (row, sample) = self.row(index);
+        let done = answer::done(self.keys[index], row, sample, self.job.seed(row, sample), result);
+        self.writer.done(index, done);
+        self.uncommitted += 1;
+    }
+
+    fn replied(&mut self, reply: Reply) -> Result<(), JobError> {
+        match reply {
+            Reply::Committed(rows) => {
+                self.trouble = false;
+                self.uncommitted -= rows.len();
+                for (row, place, counts) in rows {
+                    self.archive.places[row] = Some(place);
+                    self.archive.progress.count(counts);
+                }
+                (self.progress)(self.archive.progress);
+            }
+            Reply::Trouble(error) => {
+                tracing::warn!(%error, "the journal cannot be written for now; no more rows are begun");
+                self.trouble = true;
+            }
+            Reply::Failed(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// When to close admission, then when to end. `None`: there is no deadline.
+    fn next_stop(&self) -> Option<Instant> {
+        let deadline = self.deadline?;
+        let (share, least, most) = MARGIN;
+        let margin = deadline.saturating_duration_since(self.began).mul_f64(share).clamp(least, most);
+        let needed = if *self.closing.borrow() { Duration::ZERO } else { self.longest.mul_f64(CAUTION) };
+        Some(deadline.checked_sub(margin + needed).unwrap_or(self.began))
+    }
+
+    fn out_of_time(&self) -> JobError {
+        let JobProgress { rows_done, rows_total, rows_kept, .. } = self.archive.progress;
+        let new = rows_done - rows_kept;
+        let rest = (rows_total - rows_done) as f64;
+        let rest_s = (new > 0).then(|| self.began.elapsed().as_secs_f64() / new as f64 * rest);
+        JobError::Deadline { done: rows_done, total: rows_total, rest_s }
+    }
+}
+
+async fn sleep_until(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn collect(submitted: Result<(Vec<u32>, Row), RowError>, mut closing: watch::Receiver<bool>) -> Fate {
+    let (prompt, mut row) = match submitted {
+        Ok(submitted) => submitted,
+        Err(error) => return Fate::Failed(error),
+    };
+    let mut event = tokio::select! {
+        biased;
+        event = row.events.recv() => event,
+        _ = closing.wait_for(|&closing| closing) => return Fate::Abandoned,
+    };
+    let began = Instant::now();
+    let mut new_ids = Vec::new();
+    loop {
+        match event {
+            Some(Event::Prompt(_)) => {}
+            Some(Event::Token { id, .. }) => new_ids.push(id),
+            Some(Event::Finished(finish)) => {
+                return Fate::Completed(Completed { prompt, new_ids, reason: finish.reason }, began.elapsed());
+            }
+            Some(Event::Failed(error)) => return Fate::Failed(error),
+            None => return Fate::Failed(RowError::EngineFailed("it dropped the row".into())),
+        }
+        event = row.events.recv().await;
+    }
+}

@@ -1,0 +1,318 @@
+//! Jobs that are stopped, killed and resumed: the output is that of an undisturbed run.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::support::{finish, nemotron, root};
+
+/// Nothing here takes that long unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A job in a folder of its own.
+struct Job(TempDir);
+
+impl Job {
+    fn new(rows: usize, tokens: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let lines: String =
+            (0..rows).map(|row| format!("{{\"id\":\"r{row}\",\"prompt\":\"Sing of {row}.\"}}\n")).collect();
+        fs::write(dir.path().join("in.jsonl"), lines).unwrap();
+        let job = format!(
+            "schema = 1\n[input]\npath = \"in.jsonl\"\n[output]\npath = \"out.jsonl\"\n[prompt]\ntemplate = \"raw\"\n[sampling]\n\
+             tokens_to_generate = {tokens}\nmin_tokens_to_generate = {tokens}\ngreedy = false\nend_strings = []\n"
+        );
+        fs::write(dir.path().join("job.toml"), job).unwrap();
+        Self(dir)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = nemotron(self.path());
+        // A small cache starts fast, and few rows at a time end one after another.
+        command.env("NEMOTRON_KV_TOKENS", "8192").env("NEMOTRON_MAX_SEQUENCES", "8");
+        command.args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    fn start(&self, arguments: &[&str]) -> Child {
+        self.command(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    }
+
+    fn run(&self, arguments: &[&str]) -> (i32, String, String) {
+        finish(&mut self.command(arguments))
+    }
+
+    fn launch<'a>(more: &[&'a str]) -> Vec<&'a str> {
+        [&["launch", "--profile", "cpu", "--job", "job.toml", "--name", "r"][..], more].concat()
+    }
+
+    #[track_caller]
+    fn expect(&self, code: i32, arguments: &[&str]) -> String {
+        let (found, stdout, stderr) = self.run(arguments);
+        assert_eq!(found, code, "{arguments:?}\n{stdout}{stderr}");
+        stdout + &stderr
+    }
+
+    fn output(&self) -> Vec<u8> {
+        fs::read(self.path().join("out.jsonl")).unwrap()
+    }
+
+    fn journal(&self, attempt: u32) -> PathBuf {
+        self.path().join(format!("runs/r/journal/attempt-{attempt:03}"))
+    }
+
+    fn status(&self) -> Value {
+        serde_json::from_str(&self.run(&["status", "r", "--json"]).1).unwrap_or_default()
+    }
+
+    fn rows_done(&self) -> u64 {
+        self.status()["job"]["rows_done"].as_u64().unwrap_or(0)
+    }
+
+    /// Waits until some rows of this attempt are done.
+    fn wait_for_rows(&self, rows: u64) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.rows_done() < rows {
+            assert!(Instant::now() < deadline, "{}", self.status());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn undisturbed(rows: usize, tokens: usize) -> Vec<u8> {
+    let job = Job::new(rows, tokens);
+    job.expect(0, &["batch", "--job", "job.toml"]);
+    job.output()
+}
+
+/// Numbers that differ from call to call and are the same in each run of the test.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
+/// `NEMOTRON_TEST_KILLS=100` makes it the long version, with 2,000 rows.
+#[test]
+fn a_job_killed_at_random_moments_gives_the_output_of_an_undisturbed_one() {
+    let kills: u64 = std::env::var("NEMOTRON_TEST_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(10);
+    let (rows, tokens) = if kills > 20 { (2000, 48) } else { (300, 24) };
+    let expected = undisturbed(rows, tokens);
+    let job = Job::new(rows, tokens);
+    let mut random = Random(7);
+    let mut attempts = 0;
+    let mut killed = 0;
+    while !job.path().join("out.jsonl").exists() {
+        let arguments = if attempts == 0 { Job::launch(&["--tp", "2"]) } else { vec!["resume", "r"] };
+        let mut launcher = job.start(&arguments);
+        attempts += 1;
+        assert!(attempts < 3 * kills + 3, "{}", job.status());
+        if killed < kills {
+            // From before the ranks start to deep in the rows.
+            std::thread::sleep(Duration::from_millis(50 + random.below(if kills > 20 { 4000 } else { 1200 })));
+            let ranks = job.status()["ranks"].as_array().cloned().unwrap_or_default();
+            let pids = ranks.iter().filter_map(|rank| rank["process"]["pid"].as_i64());
+            let mut victims: Vec<i32> = pids.filter_map(|pid| pid.try_into().ok()).collect();
+            victims.push(launcher.id() as i32);
+            let victim = victims[random.below(victims.len() as u64) as usize];
+            if launcher.try_wait().unwrap().is_none() {
+                killed += u64::from(kill(Pid::from_raw(victim), Signal::SIGKILL).is_ok());
+            }
+        }
+        launcher.wait().unwrap();
+    }
+    assert!(job.output() == expected, "the output differs");
+    job.expect(0, &["results", "r", "verify"]);
+    let stats: Value = serde_json::from_str(&job.run(&["results", "r", "stats", "--json"]).1).unwrap();
+    eprintln!("{killed} kills, {attempts} attempts: {stats}");
+    assert_eq!(stats["stats"]["records_damaged"], 0);
+}
+
+#[test]
+fn a_stopped_job_is_resumed_and_what_is_done_is_kept() {
+    let expected = undisturbed(120, 80);
+    let job = Job::new(120, 80);
+    let mut launcher = job.start(&Job::launch(&[]));
+    job.wait_for_rows(1);
+    kill(Pid::from_raw(launcher.id() as i32), Signal::SIGTERM).unwrap();
+    assert_eq!(launcher.wait().unwrap().code(), Some(143));
+    job.expect(30, &["results", "r", "verify"]);
+    let kept = job.rows_done();
+    assert!((1..120).contains(&kept), "{kept}");
+    assert!(!job.path().join("out.jsonl").exists());
+    let said = job.expect(2, &Job::launch(&[]));
+    assert!(said.contains("nemotron resume r"), "{said}");
+
+    // Another mesh would give the same bytes; here another attempt does.
+    let report: Value = serde_json::from_str(&job.run(&["resume", "r", "--json"]).1).unwrap();
+    assert_eq!((report["rows"]["rows_done"].as_u64(), report["rows"]["rows_failed"].as_u64()), (Some(120), Some(0)));
+    assert!(report["rows"]["rows_kept"].as_u64() >= Some(kept), "{report}");
+    assert!(job.output() == expected);
+    let said = job.expect(0, &["results", "r", "verify"]);
+    assert!(said.contains("120 of 120"), "{said}");
+    assert!(job.expect(2, &["resume", "r"]).contains("run r is done"));
+
+    let mut output = job.output();
+    output[10] ^= 1;
+    fs::write(job.path().join("out.jsonl"), output).unwrap();
+    assert!(job.expect(32, &["results", "r", "verify"]).contains("line 1 is not"));
+}
+
+#[test]
+fn a_damaged_record_and_a_torn_tail_cost_their_rows_alone() {
+    let job = Job::new(40, 8);
+    job.expect(0, &Job::launch(&[]));
+    let expected = job.output();
+    // As if the last record had been cut off and one in the middle damaged, before the supervisor could say how it ended.
+    let mut bytes = fs::read(job.journal(0)).unwrap();
+    bytes.truncate(bytes.len() - 3);
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x10;
+    fs::write(job.journal(0), bytes).unwrap();
+    fs::remove_file(job.path().join("out.jsonl")).unwrap();
+    fs::remove_file(job.path().join("runs/r/status.json")).unwrap();
+    let report: Value = serde_json::from_str(&job.run(&["resume", "r", "--json"]).1).unwrap();
+    let kept = report["rows"]["rows_kept"].as_u64().unwrap();
+    assert!((38..=39).contains(&kept), "{report}");
+    assert!(job.output() == expected);
+}
+
+#[test]
+fn a_changed_input_is_refused_unless_it_is_meant() {
+    let job = Job::new(100, 80);
+    let mut launcher = job.start(&Job::launch(&[]));
+    job.wait_for_rows(1);
+    launcher.kill().unwrap();
+    launcher.wait().unwrap();
+    let input = fs::read_to_string(job.path().join("in.jsonl")).unwrap();
+    let changed = input.replace("Sing of 7.", "Weep for 7.");
+    fs::write(job.path().join("in.jsonl"), &changed).unwrap();
+    let said = job.expect(2, &["resume", "r"]);
+    assert!(said.contains("the input changed") && said.contains("--allow-changed"), "{said}");
+    let report: Value = serde_json::from_str(&job.run(&["resume", "r", "--allow-changed", "--json"]).1).unwrap();
+    assert!(report["rows"]["rows_kept"].as_u64() >= Some(1), "{report}");
+
+    let fresh = Job::new(100, 80);
+    fs::write(fresh.path().join("in.jsonl"), changed).unwrap();
+    fresh.expect(0, &["batch", "--job", "job.toml"]);
+    assert!(job.output() == fresh.output());
+}
+
+#[test]
+fn a_row_that_breaks_the_engine_twice_is_quarantined() {
+    let job = Job::new(1, 900);
+    for attempt in 0..2 {
+        let arguments = if attempt == 0 { Job::launch(&[]) } else { vec!["resume", "r"] };
+        let mut launcher = job.start(&arguments);
+        let deadline = Instant::now() + PATIENCE;
+        let mut status = job.status();
+        while status["stats"]["running"] != 1 || status["attempt"] != attempt {
+            assert!(Instant::now() < deadline && launcher.try_wait().unwrap().is_none(), "{status}");
+            std::thread::sleep(Duration::from_millis(10));
+            status = job.status();
+        }
+        let rank = status["ranks"][0]["process"]["pid"].as_i64().unwrap_or_else(|| panic!("{status}"));
+        kill(Pid::from_raw(rank as i32), Signal::SIGABRT).unwrap();
+        assert_eq!(launcher.wait().unwrap().code(), Some(25));
+    }
+    job.expect(31, &["resume", "r"]);
+    let failed = job.run(&["results", "r", "failed"]).1;
+    let line: Value = serde_json::from_str(&failed).unwrap();
+    assert_eq!((line["id"].as_str(), line["error"]["code"].as_str()), (Some("r0"), Some("poison")));
+}
+
+#[test]
+fn a_job_ends_before_its_deadline_and_its_successors_finish_it() {
+    let expected = undisturbed(200, 60);
+    let job = Job::new(200, 60);
+    let began = Instant::now();
+    let said = job.expect(30, &Job::launch(&["--set", "job.deadline=4s"]));
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    assert!(said.contains("of 200 rows are done") && said.contains("nemotron resume r"), "{said}");
+    let mut code = 30;
+    for _ in 0..40 {
+        code = job.run(&["resume", "r"]).0;
+        if code != 30 {
+            break;
+        }
+    }
+    assert_eq!(code, 0);
+    assert!(job.output() == expected);
+}
+
+/// A small file system of its own; `None` where mounting is not allowed.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(path: PathBuf, size: &str) -> Option<Self> {
+        fs::create_dir_all(&path).unwrap();
+        let option = format!("size={size}");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &option, "tmpfs"]).arg(&path).output();
+        mounted.is_ok_and(|output| output.status.success()).then_some(Self(path))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        _ = Command::new("umount").arg("-l").arg(&self.0).output();
+    }
+}
+
+#[test]
+fn a_full_disk_is_borne_then_given_up_and_resumed() {
+    let job = Job::new(600, 40);
+    let Some(disk) = SmallDisk::mount(job.path().join("runs"), "512k") else {
+        eprintln!("skipped: a file system cannot be mounted here");
+        return;
+    };
+    let ballast = disk.0.join("ballast");
+    let launch = Job::launch(&["--set", "deadlines.storage=1s"]);
+    let launcher = job.command(&launch).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    job.wait_for_rows(1);
+    // To the last byte; what is written before the disk is full stays.
+    _ = fs::write(&ballast, vec![0; 512 << 10]);
+    let output = launcher.wait_with_output().unwrap();
+    let (code, said) = (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned());
+    assert_eq!(code, 32, "{said}");
+    assert!(said.contains("No space left") && said.contains("nemotron resume r"), "{said}");
+    assert!(!job.path().join("out.jsonl").exists());
+    fs::remove_file(ballast).unwrap();
+    let report: Value = serde_json::from_str(&job.run(&["resume", "r", "--json"]).1).unwrap();
+    assert!((1..600).contains(&report["rows"]["rows_kept"].as_u64().unwrap()), "{report}");
+    job.expect(0, &["results", "r", "verify"]);
+    assert!(job.output() == undisturbed(600, 40));
+}
+
+#[test]
+fn the_commands_and_the_job_file_of_the_documentation_work() {
+    let text = fs::read_to_string(root().join("docs/jobs.md")).unwrap();
+    let home = tempfile::tempdir().unwrap();
+    fs::create_dir(home.path().join("examples")).unwrap();
+    fs::copy(root().join("examples/poem.toml"), home.path().join("examples/poem.toml")).unwrap();
+    let commands = text.lines().filter_map(|line| line.strip_prefix("$ nemotron "));
+    assert!(commands.clone().count() >= 3);
+    for command in commands {
+        let (code, stdout, stderr) = finish(nemotron(home.path()).args(command.split(' ')));
+        assert_eq!(code, 0, "{command}\n{stdout}{stderr}");
+    }
+    let job = text.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    fs::write(home.path().join("job.toml"), job).unwrap();
+    fs::write(home.path().join("prompts.jsonl"), "{\"prompt\":\"Sing.\"}\n").unwrap();
+    // The built-in model has a context of 1024 tokens, so the one row of this job would not fit.
+    let (code, stdout, stderr) = finish(nemotron(home.path()).args(["batch", "--job", "job.toml", "--dry-run"]));
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert!(stderr.contains("1 rows do not fit"), "{stderr}");
+}
