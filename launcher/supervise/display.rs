@@ -125,6 +125,9 @@ pub(crate) fn line(status: &Status) -> String {
     if let Some(cause) = status.end.as_ref().and_then(|end| end.cause.as_ref()) {
         _ = write!(line, " {cause}");
     }
+    if let Some(note) = &status.note {
+        _ = write!(line, "  {note}");
+    }
     line.truncate(line.trim_end().len());
     line
 }

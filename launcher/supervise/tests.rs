@@ -111,7 +111,7 @@ fn run_with(part: &'static str, signals: &'static [Signal], adapt: impl FnOnce(&
     adapt(&mut spec);
     let run_dir = RunDir::create(root.path(), &mut spec).unwrap();
     let path = run_dir.path().to_owned();
-    let ranks = LocalRanks::with_command(move || {
+    let ranks = LocalRanks::with_command(&run_dir, move || {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "supervise::tests::fake_rank", "--nocapture"]);
         command.env(PART, part).env(RUN_DIR, &path);
@@ -126,7 +126,8 @@ fn run_with(part: &'static str, signals: &'static [Signal], adapt: impl FnOnce(&
     };
     let start = Instant::now();
     let display = Display::stderr(true);
-    let outcome = Supervisor::new(&run_dir, 0, ranks, sender, inputs, display, Box::new(on_ready)).unwrap().run();
+    let outcome =
+        Supervisor::new(&run_dir, 0, Box::new(ranks), sender, inputs, display, Box::new(on_ready)).unwrap().run();
     let ended = Ended { run_dir, _root: root, outcome, took: start.elapsed() };
 
     // Whatever the end was.
