@@ -6,5 +6,6 @@ mod batch;
 mod cli;
 mod local;
 mod serve;
+mod slurm;
 mod support;
 mod tidy;

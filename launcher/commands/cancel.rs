@@ -91,7 +91,8 @@ fn cancel_job(run_dir: &RunDir, now: bool, limit: Duration) -> Outcome {
     if Status::of(run_dir)?.phase.is_end() {
         return Ok(());
     }
-    record_end(run_dir, &format!("job {} was cancelled before it could say so itself", job.id))
+    let when = if running { "before its supervisor could say so" } else { "while it was pending" };
+    record_end(run_dir, &format!("job {} was cancelled {when}", job.id))
 }
 
 /// The final record of a run whose supervisor can write none.

@@ -115,7 +115,7 @@ pub(crate) fn line(status: &Status) -> String {
         if let Some(url) = &status.url {
             _ = write!(line, "  {url}");
         }
-    } else if !status.phase.is_end() {
+    } else if !status.phase.is_end() && status.phase != RunPhase::Pending {
         _ = write!(line, " {:3.0} %", status.progress() * 100.0);
     }
     if let Some(deadline) = status.deadline {

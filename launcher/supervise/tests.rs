@@ -163,6 +163,13 @@ fn a_drained_server_has_succeeded() {
 }
 
 #[test]
+fn a_warning_of_the_time_limit_ends_a_server_resumably() {
+    let ended = run("works", &[Signal::SIGUSR1]);
+    assert_eq!(ended.failure().exit, Exit::Resumable);
+    assert!(ended.failure().to_string().contains("the time of the allocation is over"), "{}", ended.failure());
+}
+
+#[test]
 fn a_second_signal_or_the_deadline_cuts_the_drain() {
     let ended = run("never drains", &[Signal::SIGTERM, Signal::SIGINT]);
     assert_eq!(ended.failure().exit, Exit::Interrupted);
