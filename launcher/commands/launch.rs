@@ -10,23 +10,24 @@ use crate::rundir::RunDir;
 use crate::start::{Output, detached, foreground, launched};
 use crate::state::Endpoint;
 use crate::submit;
-use crate::supervise::{block_signals, narrate};
+use crate::supervise::{block_signals, narrate, unblock_signals};
 
 use super::wait::wait_for;
 
 pub(crate) fn run(args: &LaunchArgs) -> Outcome {
     let environment = Environment::of_process();
     let host = Host::probe()?;
-    // Threads that resolving starts must not take the signals of a run in the foreground.
-    let on_cluster = args.cluster.as_deref().is_some_and(|cluster| cluster != crate::cluster::LOCAL);
     let stays = !args.detach && args.wait.is_none();
-    if stays && !args.dry_run && !on_cluster {
+    if stays && !args.dry_run {
+        // Before resolving, which may start threads.
         block_signals()?;
     }
     let mut resolved = resolve::launch(args, &environment, &host)?;
     match resolved.spec.site.clone() {
         Some(site) if args.test_only => return test_only(&resolved, &site, &environment, args.json),
         Some(site) if !args.dry_run => {
+            // What is in a queue does not depend on this process.
+            unblock_signals()?;
             let (run_dir, job) = submit::submit(&mut resolved, &site, &environment)?;
             return follow(args, &run_dir, Some(job.id));
         }

@@ -90,6 +90,11 @@ pub(crate) fn block_signals() -> Outcome {
     Ok(signals().thread_block().context("cannot block signals")?)
 }
 
+/// For a command that supervises nothing after all.
+pub(crate) fn unblock_signals() -> Outcome {
+    Ok(signals().thread_unblock().context("cannot unblock signals")?)
+}
+
 /// What the supervisor reacts to.
 pub(crate) enum Input {
     Arrival(Arrival),

@@ -145,11 +145,13 @@ fn frozen(cluster: &Cluster, daemon: &str, scenario: impl FnOnce()) {
     outcome.unwrap();
 }
 
+type Scenario = fn(&Cluster);
+
 /// One test, so that the cluster is there once and goes whatever happens.
 #[test]
 fn runs_on_a_real_slurm() {
     let Some(cluster) = Cluster::up() else { return };
-    let scenarios: [(&str, fn(&Cluster)); 9] = [
+    let scenarios: [(&str, Scenario); 9] = [
         ("a server on two nodes", a_server_on_two_nodes),
         ("a job gives what one rank gives", a_job_gives_what_one_rank_gives),
         ("sixteen ranks", sixteen_ranks),
