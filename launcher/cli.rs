@@ -581,9 +581,9 @@ pub struct SuperviseArgs {
 #[derive(Clone, Debug, Args)]
 pub struct WorkerArgs {
     pub run_dir: PathBuf,
-    /// Which rank to be
+    /// Which rank to be; in a step of Slurm's the task's number
     #[arg(long, value_name = "N", env = crate::env::RANK)]
-    pub rank: usize,
+    pub rank: Option<usize>,
     /// Which attempt of the run this is
     #[arg(long, value_name = "N", default_value_t = 0, env = crate::env::ATTEMPT)]
     pub attempt: u32,

@@ -2,13 +2,18 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::Context as _;
 
 use crate::env;
+use crate::process::hostname;
+use crate::ranks::Ranks;
 use crate::rundir::RunDir;
 
 /// Variable that tells a rank which process must be its parent.
@@ -17,6 +22,7 @@ pub(crate) const SUPERVISOR_PID: &str = "NEMOTRON_SUPERVISOR_PID";
 /// The processes of a run's ranks, by rank. Dropping it kills them.
 pub(crate) struct LocalRanks {
     command: Box<dyn Fn() -> Command>,
+    run_dir: RunDir,
     children: Vec<Option<Child>>,
 }
 
@@ -24,7 +30,7 @@ impl LocalRanks {
     /// Ranks are `nemotron worker RUN_DIR`, run by this executable.
     pub(crate) fn new(run_dir: &RunDir) -> Self {
         let path = run_dir.path().to_owned();
-        Self::with_command(move || {
+        Self::with_command(run_dir, move || {
             // The running executable itself, even if its file was replaced meanwhile.
             let mut command = Command::new("/proc/self/exe");
             command.arg0("nemotron").arg("worker").arg(&path);
@@ -32,15 +38,14 @@ impl LocalRanks {
         })
     }
 
-    pub(crate) fn with_command(command: impl Fn() -> Command + 'static) -> Self {
-        Self { command: Box::new(command), children: Vec::new() }
+    pub(crate) fn with_command(run_dir: &RunDir, command: impl Fn() -> Command + 'static) -> Self {
+        Self { command: Box::new(command), run_dir: run_dir.clone(), children: Vec::new() }
     }
 
-    /// Starts the next rank. It must be called from a thread that lives as long as the ranks, because they die with it.
-    pub(crate) fn start(&mut self, supervisor: SocketAddr, attempt: u32, log: &Path) -> io::Result<()> {
+    fn spawn(&self, rank: usize, supervisor: SocketAddr, attempt: u32, log: &Path) -> io::Result<Child> {
         let log = OpenOptions::new().append(true).create(true).mode(0o600).open(log)?;
-        let child = (self.command)()
-            .env(env::RANK, self.children.len().to_string())
+        (self.command)()
+            .env(env::RANK, rank.to_string())
             .env(env::ATTEMPT, attempt.to_string())
             .env(env::SUPERVISOR, supervisor.to_string())
             .env(SUPERVISOR_PID, std::process::id().to_string())
@@ -49,13 +54,25 @@ impl LocalRanks {
             .stderr(log)
             // Ctrl-C on the terminal is for the supervisor, which tells the ranks what to do.
             .process_group(0)
-            .spawn()?;
-        self.children.push(Some(child));
+            .spawn()
+    }
+}
+
+impl Ranks for LocalRanks {
+    fn meeting_point(&self) -> IpAddr {
+        Ipv4Addr::LOCALHOST.into()
+    }
+
+    fn start(&mut self, count: usize, supervisor: SocketAddr, attempt: u32) -> anyhow::Result<()> {
+        for rank in 0..count {
+            let log = self.run_dir.rank_log(attempt, rank);
+            let child = self.spawn(rank, supervisor, attempt, &log);
+            self.children.push(Some(child.with_context(|| format!("cannot start rank {rank}"))?));
+        }
         Ok(())
     }
 
-    /// Ranks whose process has ended since the last call, and how.
-    pub(crate) fn reap(&mut self) -> Vec<(usize, ExitStatus)> {
+    fn reap(&mut self) -> Vec<(usize, ExitStatus)> {
         let ended = self.children.iter_mut().enumerate().filter_map(|(rank, child)| {
             let status = child.as_mut()?.try_wait().ok().flatten()?;
             *child = None;
@@ -64,19 +81,24 @@ impl LocalRanks {
         ended.collect()
     }
 
-    pub(crate) fn pid(&self, rank: usize) -> Option<u32> {
-        Some(self.children.get(rank)?.as_ref()?.id())
+    fn place(&self, rank: usize) -> Option<String> {
+        let pid = self.children.get(rank)?.as_ref()?.id();
+        Some(format!("host {}, pid {pid}", hostname()))
     }
 
-    pub(crate) fn any_left(&self) -> bool {
+    fn any_left(&self) -> bool {
         self.children.iter().any(Option::is_some)
     }
 
-    pub(crate) fn kill_all(&mut self) {
+    fn kill_all(&mut self) {
         for child in self.children.iter_mut().flatten() {
             // It fails only for a process that has ended already.
             _ = child.kill();
         }
+    }
+
+    fn grace(&self) -> Duration {
+        Duration::from_secs(1)
     }
 }
 

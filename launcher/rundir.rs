@@ -149,6 +149,15 @@ impl RunDir {
         self.path.join("report.json")
     }
 
+    pub(crate) fn script_file(&self) -> PathBuf {
+        self.path.join("job.sbatch")
+    }
+
+    /// What the scheduler knows the run by.
+    pub(crate) fn job_file(&self) -> PathBuf {
+        self.path.join("job.json")
+    }
+
     pub(crate) fn attempt(&self, attempt: u32) -> PathBuf {
         self.path.join(format!("attempt-{attempt:03}"))
     }
@@ -159,6 +168,11 @@ impl RunDir {
 
     pub(crate) fn supervise_log(&self, attempt: u32) -> PathBuf {
         self.attempt(attempt).join("supervise.log")
+    }
+
+    /// What `srun` says.
+    pub(crate) fn step_log(&self, attempt: u32) -> PathBuf {
+        self.attempt(attempt).join("srun.log")
     }
 
     pub(crate) fn make_attempt(&self, attempt: u32) -> io::Result<()> {

@@ -11,6 +11,7 @@ use nemotron_engine::report::Phase;
 use serde::{Deserialize, Serialize};
 
 use crate::events::now;
+use crate::observe::Observer;
 use crate::process::ProcessId;
 use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::{RunDir, read_json};
@@ -106,6 +107,9 @@ pub(crate) struct Status {
     pub(crate) job: Option<JobProgress>,
     /// Seconds until the job is done, if it goes on like this.
     pub(crate) eta_s: Option<f64>,
+    /// What the scheduler adds; never in the file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) note: Option<String>,
     pub(crate) end: Option<End>,
 }
 
@@ -203,6 +207,7 @@ impl Status {
             tokens_per_second: 0.0,
             job: None,
             eta_s: None,
+            note: None,
             end: None,
         }
     }
@@ -261,7 +266,7 @@ impl Status {
 impl Endpoint {
     /// The endpoint of a run that is alive.
     pub(crate) fn of(run_dir: &RunDir) -> Outcome<Option<Self>> {
-        if Status::of(run_dir)?.phase.is_end() {
+        if Observer::new(run_dir)?.look()?.phase.is_end() {
             return Ok(None);
         }
         Ok(read_json(&run_dir.endpoint_file())?)

@@ -1,7 +1,7 @@
 //! One rank's process: finds its supervisor, takes part in the engine, tells how it goes, and never outlives the supervisor.
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -33,6 +33,7 @@ use crate::process::ProcessId;
 use crate::rendezvous::{Down, Hello, Identity, Link, Messages, RankEnd, Up, connect, local_ip, run_key};
 use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::{RunDir, read_json, read_token};
+use crate::slurm;
 use crate::spec::{RunSpec, Task};
 use crate::state::{End, url_of};
 
@@ -58,24 +59,28 @@ pub(crate) fn run(args: &WorkerArgs) -> Outcome {
     let supervisor = environment.get(env::SUPERVISOR).and_then(|address| address.parse().ok());
     let supervisor: SocketAddr = supervisor
         .ok_or_else(|| Failure::msg(Exit::Usage, format!("{} must be the supervisor's address", env::SUPERVISOR)))?;
+    let rank = args.rank.or_else(|| slurm::env::rank(&environment, spec.mesh.world_size())).ok_or_else(|| {
+        let text = format!("this is no rank: neither --rank nor a Slurm step of {} tasks", spec.mesh.world_size());
+        Failure::msg(Exit::Rendezvous, text)
+    })?;
     let ip = local_ip(supervisor).context("cannot find this host's own address")?;
     let listener = TcpListener::bind((ip, 0)).context("cannot listen for other ranks")?;
     let address = listener.local_addr().context("cannot listen for other ranks")?;
     let key = run_key(&run_dir.token()?);
     let identity = Identity::current(&run_dir, args.attempt)?;
-    let hello = Hello { rank: args.rank, process: ProcessId::current(), identity, address };
+    let hello = Hello { rank, process: ProcessId::current(), identity, address };
     let (link, messages) = connect(supervisor, &key, &hello, spec.deadlines.rendezvous)?;
 
     let (voice, post) = Post::open(link);
     let (peers_sender, peers) = channel();
     let (drain_sender, drain) = watch::channel(false);
-    let endpoint = (args.rank == 0).then(|| run_dir.endpoint_file());
+    let endpoint = (rank == 0).then(|| run_dir.endpoint_file());
     let lifeline = Lifeline { messages, endpoint, peers: peers_sender, drain: drain_sender, post: Arc::clone(&post) };
     lifeline.hold().context("cannot start a thread")?;
     forward_signals(signals, Arc::clone(&post)).context("cannot start a thread")?;
     set_pdeathsig(None).map_err(anyhow::Error::new)?;
 
-    let member = Member { rank: args.rank, attempt: args.attempt, spec: &spec, run_dir: &run_dir, post: &post };
+    let member = Member { rank, attempt: args.attempt, spec: &spec, run_dir: &run_dir, post: &post, ip };
     let outcome = member.take_part(listener, key, &peers, drain);
     post.end(&outcome);
     // The last message is out when the voice falls silent.
@@ -236,6 +241,8 @@ struct Member<'a> {
     spec: &'a RunSpec,
     run_dir: &'a RunDir,
     post: &'a Arc<Post>,
+    /// By which other hosts reach this one.
+    ip: IpAddr,
 }
 
 /// How long a failed engine's server may take to tell its clients.
@@ -376,7 +383,11 @@ impl Member<'_> {
         match errand {
             Errand::Serve { port, token, strict, chat } => {
                 let listener = port.listen()?;
-                let url = url_of(listener.local_addr().context("cannot listen")?);
+                let mut address = listener.local_addr().context("cannot listen")?;
+                if address.ip().is_unspecified() && self.spec.site.is_some() {
+                    address.set_ip(self.ip);
+                }
+                let url = url_of(address);
                 self.post.say(Up::Ready { url: Some(url) });
                 let options = ServeOptions { listener, token, strict, chat };
                 let (tokenizer, failing) = (engine.info().tokenizer.clone(), engine.clone());

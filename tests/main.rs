@@ -10,5 +10,6 @@ mod local;
 mod render;
 mod resume;
 mod serve;
+mod slurm;
 mod support;
 mod tidy;

@@ -1,18 +1,25 @@
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
 use crate::cli::CancelArgs;
+use crate::events::{Event, Journal, now};
+use crate::observe::Observer;
 use crate::process::ProcessId;
 use crate::report::{Exit, Failure, Outcome};
-use crate::rundir::{RunDir, find_run};
-use crate::state::Status;
+use crate::rundir::{RunDir, find_run, write_json};
+use crate::slurm::client::PATIENCE;
+use crate::slurm::job::Job;
+use crate::start::POLL;
+use crate::state::{End, Report, RunPhase, Status};
 use crate::supervise::narrate;
 
 /// What a supervisor needs beyond the time for draining.
 const MARGIN: Duration = Duration::from_secs(10);
 /// For how long ranks may outlive their supervisor.
 const ORPHANED: Duration = Duration::from_secs(5);
+/// For how long Slurm may take to end the processes of a job.
+const CLEANUP: Duration = Duration::from_secs(120);
 
 pub(crate) fn run(args: &CancelArgs) -> Outcome {
     // All are found before the first is touched.
@@ -22,11 +29,27 @@ pub(crate) fn run(args: &CancelArgs) -> Outcome {
 
 fn cancel(run_dir: &RunDir, now: bool) -> Outcome {
     let name = run_dir.name();
-    let status = Status::of(run_dir)?;
-    let ended_before = status.phase.is_end();
-    if let Some(supervisor) = &status.supervisor {
+    let spec = run_dir.spec()?;
+    let ended_before = Status::of(run_dir)?.phase.is_end();
+    let limit = if now { MARGIN } else { spec.deadlines.drain + MARGIN };
+    if spec.site.is_some() {
+        cancel_job(run_dir, now, limit)?;
+    } else {
+        cancel_processes(run_dir, now, limit)?;
+    }
+    match std::fs::remove_file(run_dir.endpoint_file()) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(anyhow::Error::new(error).into()),
+        _ => {}
+    }
+    let phase = Status::of(run_dir)?.phase;
+    narrate(&format!("run {name} {} {phase}; nothing of it is left", if ended_before { "was already" } else { "is" }));
+    Ok(())
+}
+
+fn cancel_processes(run_dir: &RunDir, now: bool, limit: Duration) -> Outcome {
+    let name = run_dir.name();
+    if let Some(supervisor) = &Status::of(run_dir)?.supervisor {
         let signal = if now { Signal::SIGQUIT } else { Signal::SIGTERM };
-        let limit = if now { MARGIN } else { run_dir.spec()?.deadlines.drain + MARGIN };
         end(supervisor, signal, limit).map_err(|error| {
             Failure::new(Exit::Internal, anyhow::Error::new(error).context(format!("cannot end run {name}")))
         })?;
@@ -41,13 +64,69 @@ fn cancel(run_dir: &RunDir, now: bool) -> Outcome {
             return Err(Failure::msg(Exit::Internal, text));
         }
     }
-    match std::fs::remove_file(run_dir.endpoint_file()) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(anyhow::Error::new(error).into()),
-        _ => {}
-    }
-    let phase = Status::of(run_dir)?.phase;
-    narrate(&format!("run {name} {} {phase}; nothing of it is left", if ended_before { "was already" } else { "is" }));
     Ok(())
+}
+
+/// Asks the supervisor, waits, then lets Slurm end the job, and sees that it has.
+fn cancel_job(run_dir: &RunDir, now: bool, limit: Duration) -> Outcome {
+    let Some(job) = Job::of(run_dir)? else { return record_end(run_dir, "it was never submitted") };
+    let mut observer = Observer::new(run_dir)?;
+    let queued = job.look(PATIENCE)?.filter(|queued| !queued.state.is_end());
+    let running = queued.as_ref().is_some_and(|queued| !queued.state.is_waiting());
+    if running && Status::of(run_dir)?.supervisor.is_some() {
+        // SIGTERM would be Slurm's own way to end a job, ranks and all.
+        job.signal(if now { "QUIT" } else { "USR2" })?;
+        let deadline = Instant::now() + limit;
+        while !observer.look()?.phase.is_end() && Instant::now() < deadline {
+            std::thread::sleep(POLL);
+        }
+    }
+    if queued.is_some() && !observer.look()?.phase.is_end() {
+        job.cancel()?;
+    }
+    if !job.wait_gone(CLEANUP)? {
+        let text = format!("Slurm has not ended job {} of run {} yet", job.id, run_dir.name());
+        return Err(Failure::msg(Exit::Internal, text).hint("`squeue` shows where it hangs; cancel it again later"));
+    }
+    if Status::of(run_dir)?.phase.is_end() {
+        return Ok(());
+    }
+    let when = if running { "before its supervisor could say so" } else { "while it was pending" };
+    record_end(run_dir, &format!("job {} was cancelled {when}", job.id))
+}
+
+/// The final record of a run whose supervisor can write none.
+fn record_end(run_dir: &RunDir, cause: &str) -> Outcome {
+    let mut status = Status::of(run_dir)?;
+    let exit = Exit::Terminated;
+    status.phase = RunPhase::Cancelled;
+    (status.url, status.deadline, status.eta_s) = (None, None, None);
+    (status.since, status.updated) = (now(), now());
+    let end = End { exit: Some(exit), exit_code: exit as u8, cause: Some(cause.into()), rank: None, crashed: false };
+    status.end = Some(end);
+    let report = Report {
+        schema: 1,
+        run: &status.run,
+        attempt: status.attempt,
+        outcome: status.phase,
+        exit_code: exit as u8,
+        cause: Some(cause),
+        started: status.started,
+        ended: status.since,
+        phases: &[],
+        ranks: &status.ranks,
+        prompt_tokens: status.stats.prompt_tokens,
+        generated_tokens: status.stats.generated_tokens,
+        rows: status.job,
+    };
+    let write = || -> std::io::Result<()> {
+        let mut event = Event::new("ended").phase(status.phase).text(cause);
+        event.exit_code = Some(exit as u8);
+        Journal::open(run_dir, status.attempt)?.write(event);
+        write_json(&run_dir.report_file(), &report)?;
+        write_json(&run_dir.status_file(), &status)
+    };
+    Ok(write().map_err(anyhow::Error::new)?)
 }
 
 /// Asks, waits, then kills.

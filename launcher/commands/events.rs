@@ -1,17 +1,18 @@
 use crate::cli::EventsArgs;
 use crate::events::Event;
+use crate::observe::Observer;
 use crate::report::{Outcome, print_line};
 use crate::rundir::find_run;
 use crate::start::POLL;
-use crate::state::Status;
 use crate::tail::Tail;
 
 pub(crate) fn run(args: &EventsArgs) -> Outcome {
     let run_dir = find_run(&args.run)?;
     let mut journal = Tail::new(run_dir.events_file());
+    let mut observer = Observer::new(&run_dir)?;
     loop {
         // Looked at first: what was written before the end is then read below.
-        let over = !args.follow || Status::of(&run_dir)?.phase.is_end();
+        let over = !args.follow || observer.look()?.phase.is_end();
         for line in journal.lines().map_err(anyhow::Error::new)? {
             let event = serde_json::from_str::<Event>(&line);
             let shown = match event {

@@ -6,9 +6,10 @@ use nemotron_engine::chat::{ChatTemplate, Message, Role};
 
 use crate::cli::{GenerateArgs, SamplingArgs};
 use crate::client::{Client, GenerateRequest, completion};
+use crate::observe::Observer;
 use crate::report::{Exit, Failure, Outcome, print_line};
 use crate::rundir::{RunDir, find_run, read_token, run_root};
-use crate::state::{Endpoint, Status};
+use crate::state::Endpoint;
 
 pub(crate) fn run(args: &GenerateArgs) -> Outcome {
     let text = read_prompt(&args.prompt)?;
@@ -61,7 +62,9 @@ fn target(args: &GenerateArgs) -> Outcome<(String, Option<PathBuf>)> {
 
 fn not_serving(run_dir: &RunDir) -> Failure {
     let name = run_dir.name();
-    let phase = Status::of(run_dir).map_or_else(|_| "in an unknown state".into(), |status| status.phase.to_string());
+    let phase = Observer::new(run_dir)
+        .and_then(|mut observer| observer.look())
+        .map_or_else(|_| "in an unknown state".into(), |status| status.phase.to_string());
     Failure::msg(Exit::Internal, format!("run {name} is {phase} and answers nowhere"))
         .hint(format!("nemotron wait {name} --for ready"))
 }

@@ -1,26 +1,40 @@
-use crate::cli::{LaunchArgs, WaitFor};
+use serde_json::json;
+
+use crate::cli::{EventsArgs, LaunchArgs, WaitFor};
+use crate::cluster::Site;
 use crate::env::Environment;
 use crate::host::Host;
-use crate::report::{Exit, Failure, Outcome, print_json, print_line};
+use crate::report::{Outcome, print_json, print_line};
 use crate::resolve::{self, Resolved};
+use crate::rundir::RunDir;
 use crate::start::{Output, detached, foreground, launched};
 use crate::state::Endpoint;
-use crate::supervise::{block_signals, narrate};
+use crate::submit;
+use crate::supervise::{block_signals, narrate, unblock_signals};
 
 use super::wait::wait_for;
 
 pub(crate) fn run(args: &LaunchArgs) -> Outcome {
+    let environment = Environment::of_process();
+    let host = Host::probe()?;
     let stays = !args.detach && args.wait.is_none();
     if stays && !args.dry_run {
+        // Before resolving, which may start threads.
         block_signals()?;
     }
-    let resolved = resolve::launch(args, &Environment::of_process(), &Host::probe()?)?;
+    let mut resolved = resolve::launch(args, &environment, &host)?;
+    match resolved.spec.site.clone() {
+        Some(site) if args.test_only => return test_only(&resolved, &site, &environment, args.json),
+        Some(site) if !args.dry_run => {
+            // What is in a queue does not depend on this process.
+            unblock_signals()?;
+            let (run_dir, job) = submit::submit(&mut resolved, &site, &environment)?;
+            return follow(args, &run_dir, Some(job.id));
+        }
+        _ => {}
+    }
     if args.dry_run || args.test_only {
         return dry_run(&resolved, args.json);
-    }
-    if resolved.spec.site.is_some() {
-        return Err(Failure::msg(Exit::Usage, "this version renders batch scripts but does not submit them")
-            .hint("nemotron render"));
     }
     if stays {
         let output = match (args.json, args.parsable) {
@@ -31,24 +45,52 @@ pub(crate) fn run(args: &LaunchArgs) -> Outcome {
         return foreground(resolved, output);
     }
     let run_dir = detached(resolved)?;
+    follow(args, &run_dir, None)
+}
+
+/// Says what was started, and stays as long as was asked.
+fn follow(args: &LaunchArgs, run_dir: &RunDir, job: Option<u64>) -> Outcome {
+    let name = run_dir.name();
     if !args.json {
-        print_line(run_dir.name())?;
-    }
-    let waited = args.wait.map_or(Ok(()), |target| wait_for(&run_dir, target, None));
-    if args.json {
-        let endpoint = if args.wait == Some(WaitFor::Ready) { Endpoint::of(&run_dir)? } else { None };
-        print_json(&launched(&run_dir, endpoint.as_ref()))?;
+        match job {
+            Some(job) if !args.parsable => print_line(format!("{name} {job}"))?,
+            _ => print_line(name)?,
+        };
     }
     if !args.parsable {
-        narrate(&format!("run {0} in {1}\nnext: nemotron status {0}", run_dir.name(), run_dir.path().display()));
+        narrate(&format!(
+            "run {name} in {}\nnext: nemotron status {name}, nemotron logs -f {name}, nemotron cancel {name}",
+            run_dir.path().display()
+        ));
+    }
+    let waited = match args.wait {
+        Some(target) => wait_for(run_dir, target, None),
+        None if args.follow => {
+            super::events::run(&EventsArgs { run: name.into(), follow: true, json: args.json })?;
+            wait_for(run_dir, WaitFor::Done, None)
+        }
+        None => Ok(()),
+    };
+    if args.json {
+        let endpoint = if args.wait == Some(WaitFor::Ready) { Endpoint::of(run_dir)? } else { None };
+        let mut launched = launched(run_dir, endpoint.as_ref());
+        launched["job"] = job.into();
+        print_json(&launched)?;
     }
     waited
+}
+
+/// What Slurm says to the run, which is not submitted.
+fn test_only(resolved: &Resolved, site: &Site, environment: &Environment, json: bool) -> Outcome {
+    let words = submit::test(resolved, site, environment)?;
+    if json { print_json(&json!({ "schema": 1, "accepted": true, "scheduler": words })) } else { print_line(words) }
+        .map(drop)
 }
 
 /// Shows what would be started, and starts nothing.
 pub(super) fn dry_run(resolved: &Resolved, json: bool) -> Outcome {
     if json {
-        print_json(&serde_json::json!({ "schema": 1, "spec": resolved.spec, "plan": resolved.plan }))?;
+        print_json(&json!({ "schema": 1, "spec": resolved.spec, "plan": resolved.plan }))?;
     } else {
         let spec = toml::to_string(&resolved.spec).map_err(anyhow::Error::new)?;
         print_line(spec.trim_end())?;

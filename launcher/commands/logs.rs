@@ -1,4 +1,5 @@
 use crate::cli::LogsArgs;
+use crate::observe::Observer;
 use crate::report::{Exit, Failure, Outcome, print_line};
 use crate::rundir::{RunDir, find_run};
 use crate::start::POLL;
@@ -8,9 +9,10 @@ use crate::tail::Tail;
 pub(crate) fn run(args: &LogsArgs) -> Outcome {
     let run_dir = find_run(&args.run)?;
     let mut logs = logs(&run_dir, args.rank)?;
+    let mut observer = Observer::new(&run_dir)?;
     loop {
         // Looked at first: what was written before the end is then read below.
-        let over = !args.follow || Status::of(&run_dir)?.phase.is_end();
+        let over = !args.follow || observer.look()?.phase.is_end();
         for (prefix, tail) in &mut logs {
             let lines = tail.lines().map_err(anyhow::Error::new)?;
             let rest = if over { tail.rest() } else { None };

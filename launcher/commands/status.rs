@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::cli::StatusArgs;
+use crate::observe::Observer;
 use crate::report::{Outcome, print_line};
 use crate::rundir::{RunDir, find_run, run_root};
 use crate::state::Status;
@@ -15,9 +16,13 @@ const INTERVAL: Duration = Duration::from_millis(500);
 
 pub(crate) fn run(args: &StatusArgs) -> Outcome {
     let mut shown = String::new();
+    let mut observer = match &args.run {
+        Some(selector) => Some(Observer::new(&find_run(selector)?)?),
+        None => None,
+    };
     loop {
-        let (view, over) = match &args.run {
-            Some(selector) => one(&find_run(selector)?, args.json)?,
+        let (view, over) = match &mut observer {
+            Some(observer) => one(observer, args.json)?,
             None => all(args.json)?,
         };
         if view != shown {
@@ -36,8 +41,8 @@ pub(crate) fn run(args: &StatusArgs) -> Outcome {
 }
 
 /// One run, and whether it has ended.
-fn one(run_dir: &RunDir, json: bool) -> Outcome<(String, bool)> {
-    let status = Status::of(run_dir)?;
+fn one(observer: &mut Observer, json: bool) -> Outcome<(String, bool)> {
+    let status = observer.look()?;
     let view = if json { serde_json::to_string(&status).map_err(anyhow::Error::new)? } else { table(&status) };
     Ok((view, status.phase.is_end()))
 }
@@ -46,7 +51,7 @@ fn one(run_dir: &RunDir, json: bool) -> Outcome<(String, bool)> {
 fn all(json: bool) -> Outcome<(String, bool)> {
     let mut runs = Vec::new();
     for run_dir in RunDir::list(&run_root()?) {
-        match Status::of(&run_dir) {
+        match Observer::new(&run_dir).and_then(|mut observer| observer.look()) {
             Ok(status) => runs.push(status),
             Err(failure) => tracing::warn!(run = run_dir.name(), %failure, "skipped"),
         }

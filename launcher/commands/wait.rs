@@ -1,10 +1,11 @@
 use std::time::{Duration, Instant};
 
 use crate::cli::{WaitArgs, WaitFor};
+use crate::observe::Observer;
 use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::{RunDir, find_run};
 use crate::start::POLL;
-use crate::state::{RunPhase, Status};
+use crate::state::RunPhase;
 
 pub(crate) fn run(args: &WaitArgs) -> Outcome {
     wait_for(&find_run(&args.run)?, args.target, args.timeout)
@@ -13,8 +14,9 @@ pub(crate) fn run(args: &WaitArgs) -> Outcome {
 /// Blocks until the run has come so far, or has ended.
 pub(super) fn wait_for(run_dir: &RunDir, target: WaitFor, timeout: Option<Duration>) -> Outcome {
     let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    let mut observer = Observer::new(run_dir)?;
     loop {
-        let status = Status::of(run_dir)?;
+        let status = observer.look()?;
         if status.phase.is_end() {
             return status.outcome();
         }

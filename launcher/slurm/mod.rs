@@ -1,5 +1,11 @@
-//! What Slurm says, as text: pure parsers, no commands.
+//! Slurm, spoken through its commands and the variables that it sets; nothing else in the launcher knows either.
+//!
+//! `hostlist` and `parse` are pure parsers of what it says.
 
+pub(crate) mod client;
+pub(crate) mod env;
 pub mod hostlist;
 pub mod inventory;
+pub(crate) mod job;
 pub mod parse;
+pub(crate) mod step;

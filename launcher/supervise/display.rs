@@ -115,7 +115,7 @@ pub(crate) fn line(status: &Status) -> String {
         if let Some(url) = &status.url {
             _ = write!(line, "  {url}");
         }
-    } else if !status.phase.is_end() {
+    } else if !status.phase.is_end() && status.phase != RunPhase::Pending {
         _ = write!(line, " {:3.0} %", status.progress() * 100.0);
     }
     if let Some(deadline) = status.deadline {
@@ -124,6 +124,9 @@ pub(crate) fn line(status: &Status) -> String {
     }
     if let Some(cause) = status.end.as_ref().and_then(|end| end.cause.as_ref()) {
         _ = write!(line, " {cause}");
+    }
+    if let Some(note) = &status.note {
+        _ = write!(line, "  {note}");
     }
     line.truncate(line.trim_end().len());
     line

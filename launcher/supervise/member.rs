@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use nemotron_engine::report::Phase;
 
-use crate::process::hostname;
 use crate::rendezvous::{Hello, Link, RankEnd};
 use crate::state::RankStatus;
 
@@ -90,12 +89,12 @@ impl Member {
         Some(death)
     }
 
-    /// `rank 1 (host n042, pid 4711)`.
-    pub(super) fn name(&self, pid: Option<u32>) -> String {
+    /// `rank 1 (host n042, pid 4711)`; `place` says where it must be before it is known where it is.
+    pub(super) fn name(&self, place: Option<String>) -> String {
         let rank = self.status.rank;
-        match (&self.status.process, pid) {
+        match (&self.status.process, place) {
             (Some(process), _) => format!("rank {rank} (host {}, pid {})", process.host, process.pid),
-            (None, Some(pid)) => format!("rank {rank} (host {}, pid {pid})", hostname()),
+            (None, Some(place)) => format!("rank {rank} ({place})"),
             (None, None) => format!("rank {rank}"),
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! One thread decides. Connections and signals only send it what they hear, so every decision sees one consistent state.
 
+mod deadlines;
 mod display;
 mod member;
 mod rate;
@@ -11,7 +12,7 @@ mod verdict;
 
 use std::fs;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -29,9 +30,12 @@ use self::verdict::{Fault, Verdict, cause};
 use crate::events::{Event, Journal, now};
 use crate::local::LocalRanks;
 use crate::process::ProcessId;
+use crate::ranks::Ranks;
 use crate::rendezvous::{Arrival, Down, Hello, Identity, Link, RankEnd, Reception, Up, run_key};
-use crate::report::{Exit, Outcome};
+use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::{RunDir, write_json};
+use crate::slurm::env::Allocation;
+use crate::slurm::step::Step;
 use crate::spec::{RunSpec, Task};
 use crate::state::{Endpoint, PhaseSpan, Report, RunPhase, Status};
 use crate::tail::last_lines;
@@ -44,8 +48,9 @@ const SNAPSHOT: Duration = Duration::from_millis(500);
 const COLLECT: Duration = Duration::from_millis(300);
 /// Within this time, the same signal again is an echo and not impatience.
 const ECHO: Duration = Duration::from_millis(300);
-/// From "stop" to SIGKILL.
-const GRACE: Duration = Duration::from_secs(1);
+/// A scheduler that signals ranks because one of them died must not be taken for one that wants the run to end; this is for how long the
+/// death may come to light after the signal.
+const SETTLE: Duration = Duration::from_secs(1);
 /// Lines of a failed rank's log that are shown.
 const LOG_LINES: usize = 10;
 
@@ -59,13 +64,23 @@ pub(crate) type OnReady = Box<dyn FnOnce(&Endpoint)>;
 pub(crate) fn supervise(run_dir: &RunDir, attempt: u32, on_ready: OnReady) -> Outcome<Status> {
     let (sender, inputs) = channel();
     forward_signals(sender.clone())?;
-    let (ranks, display) = (LocalRanks::new(run_dir), Display::stderr(is_quiet()));
+    let spec = run_dir.spec()?;
+    let ranks: Box<dyn Ranks> = match (&spec.site, Allocation::of_process()?) {
+        (Some(site), Some(allocation)) => Box::new(Step::new(run_dir, &spec, site, allocation)?),
+        (Some(_), None) => {
+            return Err(Failure::msg(Exit::Usage, "this run is for Slurm, but there is no allocation here")
+                .hint("`nemotron launch` submits it; `nemotron supervise` is for the batch script"));
+        }
+        (None, _) => Box::new(LocalRanks::new(run_dir)),
+    };
+    let display = Display::stderr(is_quiet());
     Supervisor::new(run_dir, attempt, ranks, sender, inputs, display, on_ready)?.run()
 }
 
 /// The signals that ask a run to end. Whoever started us with `nohup` does not mean SIGHUP.
 fn signals() -> SigSet {
-    let mut signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT].into_iter().collect();
+    let all = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGUSR2];
+    let mut signals: SigSet = all.into_iter().collect();
     if !is_ignored(Signal::SIGHUP) {
         signals.add(Signal::SIGHUP);
     }
@@ -75,6 +90,11 @@ fn signals() -> SigSet {
 /// Keeps signals waiting for [`supervise`]. Threads inherit it, so it comes before anything that may start one.
 pub(crate) fn block_signals() -> Outcome {
     Ok(signals().thread_block().context("cannot block signals")?)
+}
+
+/// For a command that supervises nothing after all.
+pub(crate) fn unblock_signals() -> Outcome {
+    Ok(signals().thread_unblock().context("cannot unblock signals")?)
 }
 
 /// What the supervisor reacts to.
@@ -124,7 +144,7 @@ struct Supervisor<'a> {
     run_dir: &'a RunDir,
     spec: RunSpec,
     identity: Identity,
-    ranks: LocalRanks,
+    ranks: Box<dyn Ranks>,
     inputs: Receiver<Input>,
     /// Open until everybody is here.
     reception: Option<Reception>,
@@ -139,6 +159,10 @@ struct Supervisor<'a> {
     verdict: Option<Verdict>,
     /// The signal that asked for the end.
     asked_by: Option<Signal>,
+    /// A rank was signalled by the scheduler; it counts from this moment on.
+    signalled_at: Option<Instant>,
+    /// When the step that holds all ranks ended, and how.
+    collapsed: Option<(Instant, String)>,
     peers_sent: bool,
     /// Rank 0 works.
     leads: bool,
@@ -156,7 +180,7 @@ impl<'a> Supervisor<'a> {
     fn new(
         run_dir: &'a RunDir,
         attempt: u32,
-        ranks: LocalRanks,
+        ranks: Box<dyn Ranks>,
         sender: Sender<Input>,
         inputs: Receiver<Input>,
         display: Display,
@@ -165,7 +189,7 @@ impl<'a> Supervisor<'a> {
         let spec = run_dir.spec()?;
         let identity = Identity::current(run_dir, attempt)?;
         let key = run_key(&run_dir.token()?);
-        let reception = Reception::open(Ipv4Addr::LOCALHOST.into(), key, sender).context("cannot listen for ranks")?;
+        let reception = Reception::open(ranks.meeting_point(), key, sender).context("cannot listen for ranks")?;
         run_dir.make_attempt(attempt).context("cannot make the attempt's directory")?;
         let journal = Journal::open(run_dir, attempt).context("cannot open the event journal")?;
         let world_size = spec.mesh.world_size();
@@ -193,6 +217,8 @@ impl<'a> Supervisor<'a> {
             faults: Vec::new(),
             verdict: None,
             asked_by: None,
+            signalled_at: None,
+            collapsed: None,
             peers_sent: false,
             leads: false,
             phases: Vec::new(),
@@ -233,13 +259,10 @@ impl<'a> Supervisor<'a> {
     fn start_ranks(&mut self) {
         self.enter(RunPhase::Preflight);
         self.publish();
-        for rank in 0..self.members.len() {
-            let log = self.run_dir.rank_log(self.status.attempt, rank);
-            if let Err(error) = self.ranks.start(self.address, self.status.attempt, &log) {
-                let mut fault = Fault::new(Some(rank), Exit::Internal, format!("cannot start rank {rank}"));
-                fault.error.push(error.to_string());
-                return self.fail_now(fault);
-            }
+        if let Err(error) = self.ranks.start(self.members.len(), self.address, self.status.attempt) {
+            let mut fault = Fault::new(None, Exit::Internal, "cannot start the ranks");
+            fault.error.extend(error.chain().map(ToString::to_string));
+            self.fail_now(fault);
         }
     }
 
@@ -311,6 +334,9 @@ impl<'a> Supervisor<'a> {
             }
             // A scheduler signals all ranks at once; only the first counts, and none as the impatient second signal.
             Up::Signalled { .. } if !matches!(self.course, Course::Running) => {}
+            Up::Signalled { .. } if self.ranks.are_scheduled() => {
+                self.signalled_at.get_or_insert(Instant::now() + SETTLE);
+            }
             Up::Signalled { interrupt } => {
                 self.signalled(if interrupt { Signal::SIGINT } else { Signal::SIGTERM });
             }
@@ -337,9 +363,12 @@ impl<'a> Supervisor<'a> {
         let who = self.name(rank);
         self.members[rank].end = Some(end.clone());
         match (rank, end.exit, self.asked_by) {
+            (0, None, Some(Signal::SIGUSR1)) if matches!(self.spec.task, Task::Serve { .. }) => {
+                self.finish(Verdict::stopped(Signal::SIGUSR1, "what was asked has been answered"));
+            }
             (0, None, _) => self.finish(Verdict::done()),
             (0, Some(Exit::Resumable), Some(signal)) => {
-                self.finish(Verdict::cancelled(exit_of(signal), format!("{signal} stopped it; what is done is kept")));
+                self.finish(Verdict::stopped(signal, format!("{signal} stopped it; what is done is kept")));
             }
             (0, Some(Exit::Resumable), None) => {
                 self.finish(Verdict::cancelled(Exit::Resumable, end.error.join(": ")));
@@ -362,12 +391,14 @@ impl<'a> Supervisor<'a> {
                     _ = leader.send(&Down::Drain);
                 }
             }
-            Course::Running => self.finish(Verdict::cancelled(exit_of(signal), format!("{signal} stopped it"))),
             // `timeout` signals its command and then the command's process group: the same wish, heard twice.
             Course::Draining { .. } if self.asked_by == Some(signal) && self.phase_began.elapsed() < ECHO => {}
+            Course::Running => self.finish(Verdict::stopped(signal, format!("{signal} stopped it"))),
             Course::Draining { .. } => {
-                self.finish(Verdict::cancelled(exit_of(signal), format!("a second signal ({signal}) cut it short")));
+                self.finish(Verdict::stopped(signal, format!("a second signal ({signal}) cut it short")));
             }
+            // The scheduler may end the ranks a moment before it signals us.
+            Course::Collecting { .. } if self.ranks.are_scheduled() => _ = self.asked_by.get_or_insert(signal),
             Course::Collecting { .. } => {}
             Course::Ending { .. } => self.course = Course::Ending { kill_at: Some(Instant::now()) },
         }
@@ -382,17 +413,24 @@ impl<'a> Supervisor<'a> {
         }
         let now = Instant::now();
         for rank in 0..self.members.len() {
-            let who = self.name(rank);
             let Some(death) = self.members[rank].bury(now) else { continue };
             if self.members[rank].end.is_some() {
                 continue;
             }
-            self.fail(match death {
+            let who = self.name(rank);
+            let fault = match death {
                 Death::Exited(status) => Fault::died(rank, &who, status),
                 Death::Vanished => {
-                    Fault::new(Some(rank), Exit::RankLost, format!("{who} lost its connection to the supervisor"))
+                    let mut fault =
+                        Fault::new(Some(rank), Exit::RankLost, format!("{who} lost its connection to the supervisor"));
+                    fault.error.extend(self.ranks.report_on(rank));
+                    fault
                 }
-            });
+            };
+            self.fail(fault);
+        }
+        if let Some(how) = self.ranks.collapse() {
+            self.collapsed = Some((now, how));
         }
     }
 
@@ -466,15 +504,23 @@ impl<'a> Supervisor<'a> {
 
     fn follow_clock(&mut self, now: Instant) {
         match self.course {
+            Course::Running if self.signalled_at.is_some_and(|at| now >= at) => self.signalled(Signal::SIGTERM),
+            Course::Running | Course::Draining { .. } if self.has_collapsed(now) => self.fail_collapsed(),
             Course::Running => self.check_deadlines(now),
             Course::Collecting { until } if now >= until => {
-                let verdict = cause(&self.faults).map_or_else(Verdict::done, Verdict::failed);
+                let lost = |fault: &Fault| matches!(fault.exit, Exit::RankLost | Exit::Communication);
+                let asked = self.asked_by.filter(|_| self.ranks.are_scheduled() && self.faults.iter().all(lost));
+                let verdict = match (asked, cause(&self.faults)) {
+                    (Some(signal), _) => Verdict::stopped(signal, format!("{signal} came, and the ranks were ended")),
+                    (None, Some(cause)) => Verdict::failed(cause),
+                    (None, None) => Verdict::done(),
+                };
                 self.finish(verdict);
             }
             Course::Draining { until } if now >= until => {
                 let signal = self.asked_by.unwrap_or(Signal::SIGTERM);
                 let limit = span(self.spec.deadlines.drain.as_secs_f64());
-                self.finish(Verdict::cancelled(exit_of(signal), format!("what ran was not finished within {limit}")));
+                self.finish(Verdict::stopped(signal, format!("what ran was not finished within {limit}")));
             }
             Course::Ending { kill_at: Some(kill_at) } if now >= kill_at => {
                 self.ranks.kill_all();
@@ -482,48 +528,6 @@ impl<'a> Supervisor<'a> {
             }
             _ => {}
         }
-    }
-
-    fn check_deadlines(&mut self, now: Instant) {
-        if self.phase_deadline.is_some_and(|deadline| now >= deadline) {
-            let fault = self.late();
-            return self.fail_now(fault);
-        }
-        let limit = self.spec.deadlines.progress;
-        let text = span(limit.as_secs_f64());
-        let silent = |member: &&Member| member.is_connected() && now.duration_since(member.heard) >= limit;
-        if let Some(rank) = self.members.iter().find(silent).map(|member| member.status.rank) {
-            let fault = format!("{} has said nothing for {text}", self.name(rank));
-            return self.fail_now(Fault::new(Some(rank), Exit::NoProgress, fault));
-        }
-        let queued = self.status.phase.is_up() && self.status.stats.waiting + self.status.stats.running > 0;
-        if queued && now.duration_since(self.moved) >= limit {
-            let slowest = self.members.iter().min_by_key(|member| member.status.steps);
-            let rank = slowest.map_or(0, |member| member.status.rank);
-            let fault =
-                format!("no step was completed for {text} although rows are queued; {} is behind", self.name(rank));
-            self.fail_now(Fault::new(Some(rank), Exit::NoProgress, fault));
-        }
-    }
-
-    /// A start-up phase has passed its deadline.
-    fn late(&self) -> Fault {
-        let phase = self.status.phase;
-        let limit = span(self.limit(phase).unwrap_or_default().as_secs_f64());
-        let is_behind = |member: &&Member| match phase {
-            RunPhase::Preflight | RunPhase::Rendezvous => !member.has_joined(),
-            _ => member.status.phase.is_none_or(|at| RunPhase::from(at) <= phase),
-        };
-        let behind: Vec<usize> = self.members.iter().filter(is_behind).map(|member| member.status.rank).collect();
-        let names: Vec<_> = behind.iter().map(|&rank| self.name(rank)).collect();
-        let (exit, what) = match phase {
-            RunPhase::Rendezvous => (Exit::Rendezvous, "missing"),
-            _ => (Exit::Deadline, "behind"),
-        };
-        let text = format!("{phase} was not over within {limit}; {what}: {}", names.join(", "));
-        let mut fault = Fault::new(behind.first().copied(), exit, text);
-        fault.hints.push(format!("if it only needs longer: --set deadlines.{}=…", phase.to_string().to_lowercase()));
-        fault
     }
 
     // What is decided.
@@ -555,7 +559,7 @@ impl<'a> Supervisor<'a> {
 
     fn finish(&mut self, verdict: Verdict) {
         self.verdict.get_or_insert(verdict);
-        self.course = Course::Ending { kill_at: Some(Instant::now() + GRACE) };
+        self.course = Course::Ending { kill_at: Some(Instant::now() + self.ranks.grace()) };
         for link in self.members.iter().filter_map(|member| member.link.as_ref()) {
             // Whoever cannot be told is killed.
             _ = link.send(&Down::Stop);
@@ -578,21 +582,8 @@ impl<'a> Supervisor<'a> {
         self.changed = true;
     }
 
-    fn limit(&self, phase: RunPhase) -> Option<Duration> {
-        let deadlines = &self.spec.deadlines;
-        match phase {
-            RunPhase::Preflight => Some(deadlines.preflight),
-            RunPhase::Rendezvous => Some(deadlines.rendezvous),
-            RunPhase::CommInit => Some(deadlines.comm_init),
-            RunPhase::Loading => Some(deadlines.loading),
-            RunPhase::Warmup => Some(deadlines.warmup),
-            RunPhase::Draining => Some(deadlines.drain),
-            _ => None,
-        }
-    }
-
     fn name(&self, rank: usize) -> String {
-        self.members[rank].name(self.ranks.pid(rank))
+        self.members[rank].name(self.ranks.place(rank))
     }
 
     // What others see.
@@ -677,11 +668,6 @@ impl<'a> Supervisor<'a> {
 
 fn deadline(since: Timestamp, limit: Duration) -> Option<Timestamp> {
     since.checked_add(SignedDuration::try_from(limit).ok()?).ok()
-}
-
-/// What a run ends with that was asked to end by a signal.
-fn exit_of(signal: Signal) -> Exit {
-    if signal == Signal::SIGINT { Exit::Interrupted } else { Exit::Terminated }
 }
 
 /// Whether this process was started with the signal ignored.

@@ -111,7 +111,7 @@ fn run_with(part: &'static str, signals: &'static [Signal], adapt: impl FnOnce(&
     adapt(&mut spec);
     let run_dir = RunDir::create(root.path(), &mut spec).unwrap();
     let path = run_dir.path().to_owned();
-    let ranks = LocalRanks::with_command(move || {
+    let ranks = LocalRanks::with_command(&run_dir, move || {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "supervise::tests::fake_rank", "--nocapture"]);
         command.env(PART, part).env(RUN_DIR, &path);
@@ -126,7 +126,8 @@ fn run_with(part: &'static str, signals: &'static [Signal], adapt: impl FnOnce(&
     };
     let start = Instant::now();
     let display = Display::stderr(true);
-    let outcome = Supervisor::new(&run_dir, 0, ranks, sender, inputs, display, Box::new(on_ready)).unwrap().run();
+    let outcome =
+        Supervisor::new(&run_dir, 0, Box::new(ranks), sender, inputs, display, Box::new(on_ready)).unwrap().run();
     let ended = Ended { run_dir, _root: root, outcome, took: start.elapsed() };
 
     // Whatever the end was.
@@ -159,6 +160,13 @@ fn a_drained_server_has_succeeded() {
         assert_eq!(phases[phases.len() - 2..], ["READY", "DRAINING"]);
         assert!(fs::read_to_string(ended.run_dir.rank_log(0, 1)).unwrap().contains("rank 1 plays works"));
     }
+}
+
+#[test]
+fn a_warning_of_the_time_limit_ends_a_server_resumably() {
+    let ended = run("works", &[Signal::SIGUSR1]);
+    assert_eq!(ended.failure().exit, Exit::Resumable);
+    assert!(ended.failure().to_string().contains("the time of the allocation is over"), "{}", ended.failure());
 }
 
 #[test]

@@ -95,6 +95,20 @@ impl Verdict {
         Self { phase: RunPhase::Cancelled, exit: Some(exit), rank: None, error, hints: Vec::new(), crashed: false }
     }
 
+    /// A signal asked for the end. SIGUSR1 is the scheduler's warning that the time of the allocation is nearly over.
+    pub(super) fn stopped(signal: Signal, text: impl Into<String>) -> Self {
+        let text = text.into();
+        match signal {
+            Signal::SIGUSR1 => {
+                let error = vec!["the time of the allocation is over".into(), text];
+                let exit = Some(Exit::Resumable);
+                Self { phase: RunPhase::Failed, exit, rank: None, error, hints: Vec::new(), crashed: false }
+            }
+            Signal::SIGINT => Self::cancelled(Exit::Interrupted, text),
+            _ => Self::cancelled(Exit::Terminated, text),
+        }
+    }
+
     /// The cause in one line.
     pub(super) fn text(&self) -> Option<String> {
         (!self.error.is_empty()).then(|| self.error.join(": "))
@@ -116,7 +130,11 @@ impl Verdict {
         let innermost = self.error.last().cloned().unwrap_or_default();
         let outer = self.error.iter().rev().skip(1);
         let error = outer.fold(anyhow::Error::msg(innermost), |error, text| error.context(text.clone()));
-        let how = if self.phase == RunPhase::Cancelled { "was stopped" } else { "failed" };
+        let how = match (self.phase, exit) {
+            (RunPhase::Cancelled, _) => "was stopped",
+            (_, Exit::Resumable) => "ended before its work was done",
+            _ => "failed",
+        };
         let failure = Failure::new(exit, error.context(format!("run {run} {how}")));
         Some(self.hints.iter().cloned().fold(failure, Failure::hint))
     }

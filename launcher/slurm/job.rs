@@ -1,0 +1,170 @@
+//! A job of Slurm's, from the login node: submitted once, asked about, ended.
+
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::render::submission_token;
+use crate::report::{Exit, Failure, Outcome};
+use crate::rundir::{RunDir, read_json, write_json};
+use crate::slurm::client::{BRIEF, PATIENCE, Request, SlurmError, arguments, ask};
+use crate::slurm::parse::{self, Queued, SQUEUE_FORMAT, State};
+
+/// For how long a job is looked for whose submission was not answered.
+const SEARCH: Duration = Duration::from_secs(60);
+
+/// What `job.json` holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Job {
+    pub(crate) schema: u32,
+    pub(crate) id: u64,
+    /// Attempt of the run that the job's first start is; each restart is the next one.
+    pub(crate) first_attempt: u32,
+}
+
+impl Job {
+    /// The job of a run; `None` if it was never submitted, as far as Slurm knows.
+    pub(crate) fn of(run_dir: &RunDir) -> Outcome<Option<Self>> {
+        if let Some(job) = Self::recorded(run_dir)? {
+            return Ok(Some(job));
+        }
+        let found = search(run_dir, BRIEF)?;
+        found.map(|id| Self::record(run_dir, id)).transpose()
+    }
+
+    /// The job as `job.json` has it, without asking Slurm.
+    pub(crate) fn recorded(run_dir: &RunDir) -> Outcome<Option<Self>> {
+        Ok(read_json(&run_dir.job_file())?)
+    }
+
+    fn record(run_dir: &RunDir, id: u64) -> Outcome<Self> {
+        let job = Self { schema: 1, id, first_attempt: run_dir.last_attempt() };
+        write_json(&run_dir.job_file(), &job).map_err(anyhow::Error::new)?;
+        Ok(job)
+    }
+
+    /// What Slurm says about it; `None` when it does not know it any more.
+    pub(crate) fn look(&self, limit: Duration) -> Result<Option<Queued>, SlurmError> {
+        let mut options = arguments(["--noheader", "--states=all", "--format", SQUEUE_FORMAT]);
+        options.push(format!("--jobs={}", self.id));
+        match ask("squeue", &options, &Request::within(limit)) {
+            Ok(answer) => Ok(answer.stdout.lines().find_map(parse::queued)),
+            Err(SlurmError::Refused { reason, .. }) if reason.contains("Invalid job id") => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// How a job ended that Slurm's queue has forgotten, where there is accounting.
+    pub(crate) fn accounted(&self) -> Option<State> {
+        let mut options = arguments(["--noheader", "--parsable2", "--allocations", "--format", parse::SACCT_FORMAT]);
+        options.push(format!("--jobs={}", self.id));
+        let answer = ask("sacct", &options, &Request::within(BRIEF)).ok()?;
+        answer.stdout.lines().find_map(parse::accounted).map(|row| row.state)
+    }
+
+    /// Asks the supervisor to end the run. Only the batch script is signalled, so that the ranks can finish what they do.
+    pub(crate) fn signal(&self, name: &str) -> Result<(), SlurmError> {
+        let options = ["--batch".into(), format!("--signal={name}"), self.id.to_string()];
+        ask("scancel", &options, &Request::within(PATIENCE)).map(drop)
+    }
+
+    pub(crate) fn cancel(&self) -> Result<(), SlurmError> {
+        ask("scancel", &[self.id.to_string()], &Request::within(PATIENCE)).map(drop)
+    }
+
+    /// Waits until nothing of the job is left; false when something still is after `limit`.
+    pub(crate) fn wait_gone(&self, limit: Duration) -> Result<bool, SlurmError> {
+        let deadline = Instant::now() + limit;
+        let mut pause = Duration::from_millis(100);
+        while self.look(PATIENCE)?.is_some_and(|job| !job.state.is_end()) {
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_secs(2));
+        }
+        Ok(true)
+    }
+}
+
+/// Asks Slurm whether it would take the script. Its words, such as when the job would start.
+pub(crate) fn test(script: &str, environment: &[(String, String)]) -> Outcome<String> {
+    let request = Request { input: script, environment: Some(environment), limit: PATIENCE };
+    let answer = ask("sbatch", &arguments(["--test-only"]), &request).map_err(explain)?;
+    Ok(answer.stderr.trim().trim_start_matches("sbatch: ").to_owned())
+}
+
+/// Submits the run's script. It happens at most once: when Slurm does not answer, the job is looked for, never submitted again.
+pub(crate) fn submit(run_dir: &RunDir, script: &str, environment: &[(String, String)]) -> Outcome<Job> {
+    let request = Request { input: script, environment: Some(environment), limit: PATIENCE };
+    let silence = match ask("sbatch", &arguments(["--parsable"]), &request) {
+        Ok(answer) => match parse::submitted(&answer.stdout) {
+            Some(submitted) => return Job::record(run_dir, submitted.job),
+            None => {
+                SlurmError::Silent { program: "sbatch", reason: format!("it printed no job id: {}", answer.stdout) }
+            }
+        },
+        Err(error @ SlurmError::Silent { .. }) => error,
+        Err(error) => return Err(explain(error)),
+    };
+    tracing::warn!(%silence, "the submission was not answered; looking for the job");
+    match search(run_dir, SEARCH) {
+        Ok(Some(id)) => Job::record(run_dir, id),
+        Ok(None) => Err(Failure::from(silence).hint("the job was not submitted")),
+        Err(_) => Err(Failure::from(silence).hint(format!(
+            "the job may have been submitted all the same: `nemotron status {}` finds it",
+            run_dir.name()
+        ))),
+    }
+}
+
+/// The job with the run's token, by name; asked again until Slurm answers or the time is over.
+fn search(run_dir: &RunDir, limit: Duration) -> Result<Option<u64>, SlurmError> {
+    let token = submission_token(run_dir.name(), run_dir.path());
+    let mut options = arguments(["--noheader", "--states=all", "--format", SQUEUE_FORMAT]);
+    options.push(format!("--name={}", run_dir.name()));
+    let deadline = Instant::now() + limit;
+    loop {
+        match ask("squeue", &options, &Request::within(limit)) {
+            Err(SlurmError::Silent { .. }) if Instant::now() < deadline => std::thread::sleep(Duration::from_secs(1)),
+            Err(error) => return Err(error),
+            Ok(answer) => {
+                let ours = answer.stdout.lines().filter_map(parse::queued).find(|job| job.comment == token);
+                return Ok(ours.and_then(|job| job.id.parse().ok()));
+            }
+        }
+    }
+}
+
+/// What to do about a refusal, by Slurm's own words.
+fn explain(error: SlurmError) -> Failure {
+    const CURES: [(&str, &str); 9] = [
+        ("partition name", "`sinfo -s` lists the partitions; choose one with --partition"),
+        ("Invalid account", "`sacctmgr show associations user=$USER` lists your accounts; choose one with --account"),
+        ("Invalid qos", "choose another --qos, or none"),
+        ("time limit", "choose a shorter --time; `sinfo -o '%P %l'` shows the limits"),
+        (
+            "node configuration",
+            "no nodes of the partition have what is asked for; `sinfo -o '%P %D %G %f %c %m'` shows what they have",
+        ),
+        ("feature specification", "choose another --constraint; `sinfo -o '%P %f'` shows the features"),
+        (
+            "generic resource",
+            "the site counts devices otherwise; see slurm.quirks.gpu_request and slurm.quirks.gres_type",
+        ),
+        ("policy", "a limit of the account is reached; `squeue --me` shows your jobs"),
+        ("reservation", "choose another --reservation, or none; `scontrol show reservation` lists them"),
+    ];
+    let text = error.to_string();
+    let is_refusal = matches!(error, SlurmError::Refused { .. });
+    let failure = match error {
+        SlurmError::Refused { .. } => {
+            Failure::new(Exit::SchedulerRefused, anyhow::Error::new(error).context("Slurm does not take the job"))
+        }
+        silent => Failure::from(silent),
+    };
+    match CURES.iter().find(|(words, _)| is_refusal && text.contains(words)) {
+        Some((_, cure)) => failure.hint(*cure),
+        None => failure,
+    }
+}

@@ -1,0 +1,66 @@
+//! Giving a resolved run to Slurm.
+
+use std::fs::{self, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+use anyhow::Context as _;
+
+use crate::cluster::Site;
+use crate::env::Environment;
+use crate::events::{Event, Journal};
+use crate::render::{SECRETS_FILE, binary, job_script, secrets_file, submission_environment};
+use crate::report::{Exit, Outcome};
+use crate::resolve::Resolved;
+use crate::rundir::{RunDir, write_atomic};
+use crate::slurm::job::{self, Job};
+
+/// Whether Slurm would take the run, in its own words. Nothing is left behind.
+pub(crate) fn test(resolved: &Resolved, site: &Site, environment: &Environment) -> Outcome<String> {
+    let mut spec = resolved.spec.clone();
+    if spec.name.is_empty() {
+        spec.name = "nemotron-test".into();
+    }
+    let script = job_script(&spec, site, &resolved.run_root.join(&spec.name), &binary(site)?)?;
+    job::test(&script, &submission_environment(site, environment))
+}
+
+/// Makes the run's directory and submits its script. A run that Slurm refuses leaves no directory.
+pub(crate) fn submit(resolved: &mut Resolved, site: &Site, environment: &Environment) -> Outcome<(RunDir, Job)> {
+    let secrets = secrets_file(site, environment)?;
+    let run_dir = RunDir::create(&resolved.run_root, &mut resolved.spec)?;
+    let submitted = fill(&run_dir, resolved, site, secrets.as_deref(), environment);
+    if let Err(failure) = &submitted
+        && failure.exit != Exit::SchedulerSilent
+    {
+        // The name can be used again.
+        _ = fs::remove_dir_all(run_dir.path());
+    }
+    let job = submitted?;
+    let text = format!("job {}", job.id);
+    // Without its first line the journal still serves.
+    _ = Journal::open(&run_dir, job.first_attempt).map(|mut journal| journal.write(Event::new("submitted").text(text)));
+    Ok((run_dir, job))
+}
+
+fn fill(
+    run_dir: &RunDir,
+    resolved: &Resolved,
+    site: &Site,
+    secrets: Option<&str>,
+    environment: &Environment,
+) -> Outcome<Job> {
+    let script = job_script(&resolved.spec, site, run_dir.path(), &binary(site)?)?;
+    let variables = submission_environment(site, environment);
+    job::test(&script, &variables)?;
+    write_atomic(&run_dir.script_file(), script.as_bytes()).context("cannot write job.sbatch")?;
+    if let Some(secrets) = secrets {
+        write_private(&run_dir.path().join(SECRETS_FILE), secrets).context("cannot write the secrets")?;
+    }
+    job::submit(run_dir, &script, &variables)
+}
+
+fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(text.as_bytes())
+}

@@ -1,0 +1,95 @@
+//! What must have happened by when: phases, signs of life, progress.
+
+use std::time::{Duration, Instant};
+
+use super::Supervisor;
+use super::display::span;
+use super::member::Member;
+use super::verdict::Fault;
+use crate::report::Exit;
+use crate::state::RunPhase;
+
+/// A rank says that it lives twice a second, on a thread that does nothing else.
+const SILENCE: Duration = Duration::from_secs(30);
+/// For how long after the end of the step that held them ranks may still be heard.
+const AFTER_COLLAPSE: Duration = Duration::from_secs(1);
+
+impl Supervisor<'_> {
+    pub(super) fn check_deadlines(&mut self, now: Instant) {
+        if self.phase_deadline.is_some_and(|deadline| now >= deadline) {
+            let fault = self.late();
+            return self.fail_now(fault);
+        }
+        let limit = self.spec.deadlines.progress;
+        let silence = limit.min(SILENCE);
+        let silent = |member: &&Member| member.is_connected() && now.duration_since(member.heard) >= silence;
+        if let Some(rank) = self.members.iter().find(silent).map(|member| member.status.rank) {
+            let fault = format!("{} has said nothing for {}", self.name(rank), span(silence.as_secs_f64()));
+            let mut fault = Fault::new(Some(rank), Exit::NoProgress, fault);
+            fault.hints.push("it was stopped, or its host hangs or cannot be reached".into());
+            return self.fail_now(fault);
+        }
+        let text = span(limit.as_secs_f64());
+        let queued = self.status.phase.is_up() && self.status.stats.waiting + self.status.stats.running > 0;
+        if queued && now.duration_since(self.moved) >= limit {
+            let slowest = self.members.iter().min_by_key(|member| member.status.steps);
+            let rank = slowest.map_or(0, |member| member.status.rank);
+            let fault =
+                format!("no step was completed for {text} although rows are queued; {} is behind", self.name(rank));
+            self.fail_now(Fault::new(Some(rank), Exit::NoProgress, fault));
+        }
+    }
+
+    /// A start-up phase has passed its deadline.
+    fn late(&self) -> Fault {
+        let phase = self.status.phase;
+        let limit = span(self.limit(phase).unwrap_or_default().as_secs_f64());
+        let is_behind = |member: &&Member| match phase {
+            RunPhase::Preflight | RunPhase::Rendezvous => !member.has_joined(),
+            _ => member.status.phase.is_none_or(|at| RunPhase::from(at) <= phase),
+        };
+        let behind: Vec<usize> = self.members.iter().filter(is_behind).map(|member| member.status.rank).collect();
+        let names: Vec<_> = behind.iter().map(|&rank| self.name(rank)).collect();
+        let (exit, what) = match phase {
+            RunPhase::Rendezvous => (Exit::Rendezvous, "missing"),
+            _ => (Exit::Deadline, "behind"),
+        };
+        let text = format!("{phase} was not over within {limit}; {what}: {}", names.join(", "));
+        let mut fault = Fault::new(behind.first().copied(), exit, text);
+        fault.hints.push(format!("if it only needs longer: --set deadlines.{}=…", phase.to_string().to_lowercase()));
+        fault
+    }
+
+    /// The step that held the ranks is gone, and nothing else has explained it.
+    pub(super) fn has_collapsed(&self, now: Instant) -> bool {
+        self.collapsed.as_ref().is_some_and(|&(at, _)| now.duration_since(at) >= AFTER_COLLAPSE)
+    }
+
+    pub(super) fn fail_collapsed(&mut self) {
+        let how = self.collapsed.as_ref().map(|(_, how)| how.clone()).unwrap_or_default();
+        let absent = |member: &&Member| !member.has_joined();
+        let absent: Vec<usize> = self.members.iter().filter(absent).map(|member| member.status.rank).collect();
+        let fault = if absent.is_empty() {
+            Fault::new(None, Exit::RankLost, "all ranks were ended at once")
+        } else {
+            let names: Vec<_> = absent.iter().map(|&rank| self.name(rank)).collect();
+            Fault::new(Some(absent[0]), Exit::Rendezvous, format!("Slurm could not start {}", names.join(", ")))
+        };
+        let mut fault = fault;
+        fault.error.push(how);
+        self.fail_now(fault);
+    }
+
+    pub(super) fn limit(&self, phase: RunPhase) -> Option<Duration> {
+        let deadlines = &self.spec.deadlines;
+        match phase {
+            RunPhase::Preflight => Some(deadlines.preflight),
+            RunPhase::Rendezvous => Some(deadlines.rendezvous),
+            RunPhase::CommInit => Some(deadlines.comm_init),
+            RunPhase::Loading => Some(deadlines.loading),
+            RunPhase::Warmup => Some(deadlines.warmup),
+            RunPhase::Draining => Some(deadlines.drain),
+            _ => None,
+        }
+    }
+}
