@@ -651,7 +651,10 @@ impl<'a> Supervisor<'a> {
         event.text = end.cause;
         self.journal.write(event);
         self.display.finish();
-        if let (RunPhase::Failed, Some(rank)) = (verdict.phase, verdict.rank) {
+        // A rank that could say why it failed has said it.
+        if let (RunPhase::Failed, Some(rank)) = (verdict.phase, verdict.rank)
+            && self.members[rank].end.is_none()
+        {
             self.show_log(rank);
         }
         verdict.failure(&self.status.run).map_or(Ok(self.status), Err)
