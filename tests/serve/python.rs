@@ -70,6 +70,17 @@ async fn the_recipes_client_prints_a_poem() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_conformance_cases_hold() {
+    if Command::new("python3").arg("--version").output().is_err() {
+        println!("skipped: there is no python3");
+        return;
+    }
+    let server = Server::start();
+    let said = succeed(240, &["python3", &program("conformance.py"), &server.url], server.home.path());
+    assert_eq!(said, "all cases hold\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn openais_client_works() {
     let Some(python) = python().and_then(Path::to_str) else { return };
     let server = Server::start_with(|home| {
