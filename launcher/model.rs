@@ -29,7 +29,8 @@ impl Model {
             return Ok(Self::Source(ModelSource::Builtin));
         }
         let path = environment.absolute(text, &environment.directory);
-        if path.exists() {
+        // One that may not be looked at is there, and opening it says why it cannot be read.
+        if path.try_exists().unwrap_or(true) {
             return Ok(Self::Source(ModelSource::Path(path)));
         }
         if ModelConfig::preset(text).is_some() {
