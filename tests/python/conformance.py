@@ -178,7 +178,7 @@ for seed in range(16):
         draws += 1
 for id, weight in zip(best, weights):
     share = weight / sum(weights)
-    assert abs(counts[id] / draws - share) <= 4 * math.sqrt(share * (1 - share) / draws), (id, counts[id] / draws, share)
+    assert abs(counts[id] / draws - share) <= 3 * math.sqrt(share * (1 - share) / draws), (id, counts[id] / draws, share)
 
 # C51-C55: robustness
 results = {}
