@@ -31,7 +31,7 @@ fn linear(backend: &CpuBackend, name: &str, dtype: Dtype) -> Result<(), BackendE
     let w = backend.matrix(&Tensor { blocks: vec![Block { storage, dtype, offset: 0, rows, cols, stride: cols }] })?;
     for tokens in [1, 4, 16, 512] {
         let mut x = backend.buffer(tokens, cols)?;
-        backend.write(tokens, &mut x).fill(0.5);
+        x.rows_mut(tokens).fill(0.5);
         let mut out = backend.buffer(tokens, rows)?;
         let seconds = best_of(|| backend.linear(tokens, &x, &w, &mut out));
         let flops = 2.0 * (tokens * rows * cols) as f64;

@@ -3,9 +3,9 @@
 //! This rank holds the layers of its pipeline stage and, of each, its share of heads and FFN. Products whose input is split over
 //! ranks (attention output, MLP down) are summed over the tensor-parallel group.
 
-use crate::backend::{Backend, HeadShape, StepBatch};
+use crate::backend::{Backend, BackendError, HeadShape, StepBatch};
 use crate::checkpoint::{CheckpointSource, Tensor, TensorName};
-use crate::collective::{Collective, CollectiveError};
+use crate::collective::Collective;
 use crate::config::Mesh;
 use crate::rank::EngineError;
 use crate::spec::Limits;
@@ -29,13 +29,13 @@ pub struct Model<B: Backend, C> {
     /// Residual stream, [tokens, hidden]
     x: B::Buffer,
     /// Normalised input of a product, [tokens, hidden]
-    h: B::Buffer,
+    h: B::Operand,
     /// [tokens, (heads + 2 · kv_heads) · head_dim]
     qkv: B::Buffer,
     /// [tokens, heads · head_dim]
-    attended: B::Buffer,
+    attended: B::Operand,
     /// [tokens, ffn]
-    ffn: B::Buffer,
+    ffn: B::Operand,
     /// This rank's summand of a row-parallel product, [tokens, hidden]
     partial: B::Buffer,
 }
@@ -66,7 +66,7 @@ struct Head<B: Backend> {
     matrix: B::Matrix,
     /// [LOGIT_ROWS, hidden]
     x: B::Buffer,
-    h: B::Buffer,
+    h: B::Operand,
     /// This rank's columns, [LOGIT_ROWS, vocab / tp]; with one rank the product goes straight to `logits`.
     local: Option<B::Buffer>,
     /// [LOGIT_ROWS, vocab], complete on tensor-parallel rank 0
@@ -76,9 +76,10 @@ struct Head<B: Backend> {
 
 impl<B: Backend, C: Collective<B>> Model<B, C> {
     /// Runs a step through this rank's stage: tokens enter at stage 0, the residual stream goes from stage to stage.
-    pub fn forward(&mut self, batch: &StepBatch) -> Result<(), CollectiveError> {
+    pub fn forward(&mut self, batch: &StepBatch) -> Result<(), EngineError> {
         let Self { backend, collective, shape, norm_eps: eps, chunks, x, h, qkv, attended, ffn, partial, .. } = self;
         let rows = batch.num_tokens();
+        backend.begin(batch)?;
         match &self.embedding {
             Some(embedding) => {
                 backend.embed(&embedding.table, embedding.first_id, &batch.tokens, x);
@@ -109,7 +110,7 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
 
     /// Logits of at most [`LOGIT_ROWS`] rows of the last step, [rows, vocab]; `None` unless this rank samples.
     /// All ranks of the last stage call it for the same rows.
-    pub fn logits(&mut self, rows: &[u32]) -> Result<Option<&mut [f32]>, CollectiveError> {
+    pub fn logits(&mut self, rows: &[u32]) -> Result<Option<&mut [f32]>, EngineError> {
         let Self { backend, collective, norm_eps, x, head, .. } = self;
         let Some(head) = head else { return Ok(None) };
         backend.gather_rows(x, rows, &mut head.x);
@@ -121,7 +122,12 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
                 collective.gather_columns(rows.len(), local, &mut head.logits)?;
             }
         }
-        Ok(head.is_sampling.then(|| backend.write(rows.len(), &mut head.logits)))
+        head.is_sampling.then(|| Ok(backend.fetch(rows.len(), &mut head.logits)?)).transpose()
+    }
+
+    /// Waits until the device has done the step.
+    pub fn finish(&self) -> Result<(), BackendError> {
+        self.backend.finish()
     }
 
     /// Loads what `rank` holds of the checkpoint and allocates its cache and activations.
@@ -189,7 +195,7 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
                 norm: norm(TensorName::FinalNormGamma, TensorName::FinalNormBeta)?,
                 matrix: matrix(tensor(TensorName::Head)?.slice_rows(vocab.clone()))?,
                 x: backend.buffer(rows, config.hidden_size)?,
-                h: backend.buffer(rows, config.hidden_size)?,
+                h: backend.operand(rows, config.hidden_size)?,
                 local: if tp > 1 { Some(backend.buffer(rows, vocab.len())?) } else { None },
                 logits: backend.buffer(rows, config.vocab_size)?,
                 is_sampling: tp_rank == 0,
@@ -198,9 +204,10 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
             None
         };
         let buffer = |width| backend.buffer(limits.max_step_tokens, width);
-        let (x, h, partial) = (buffer(config.hidden_size)?, buffer(config.hidden_size)?, buffer(config.hidden_size)?);
-        let (qkv, attended) = (buffer(shape.qkv_width())?, buffer(shape.heads * shape.head_dim)?);
-        let ffn = buffer(config.ffn_size / tp)?;
+        let operand = |width| backend.operand(limits.max_step_tokens, width);
+        let (x, h, partial) = (buffer(config.hidden_size)?, operand(config.hidden_size)?, buffer(config.hidden_size)?);
+        let (qkv, attended) = (buffer(shape.qkv_width())?, operand(shape.heads * shape.head_dim)?);
+        let ffn = operand(config.ffn_size / tp)?;
         Ok(Self {
             embedding,
             layers,

@@ -65,7 +65,8 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         }
         self.prepare(plan, result)?;
         self.model.forward(&self.batch)?;
-        self.sample(result)
+        self.sample(result)?;
+        Ok(self.model.finish()?)
     }
 
     fn slot_mut(&mut self, slot: Slot) -> Result<&mut Option<SlotState>, EngineError> {

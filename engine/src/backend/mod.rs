@@ -107,25 +107,33 @@ pub trait Backend: Send {
     type Norm: Send;
     /// f32 activations [capacity, width].
     type Buffer: Send;
+    /// Activations [capacity, width] that are only multiplied with weights: in the precision of products where that saves memory.
+    type Operand: Send;
     /// Keys (rotated) and values of one layer, [pages, page_tokens, kv_heads, head_dim] each.
     type KvCache: Send;
 
     fn matrix(&self, tensor: &Tensor) -> Result<Self::Matrix, BackendError>;
     fn norm(&self, gamma: &Tensor, beta: &Tensor) -> Result<Self::Norm, BackendError>;
     fn buffer(&self, capacity: usize, width: usize) -> Result<Self::Buffer, BackendError>;
+    fn operand(&self, capacity: usize, width: usize) -> Result<Self::Operand, BackendError>;
     fn kv_cache(&self, num_pages: usize, page_tokens: usize, shape: &HeadShape) -> Result<Self::KvCache, BackendError>;
+
+    /// Gives the device the batch that `embed`, `rope_append` and `attention` are called with until the next `begin`. It is called once a step.
+    fn begin(&self, batch: &StepBatch) -> Result<(), BackendError>;
+    /// Waits until everything that was asked for is done. Operations do not wait: the first that failed shows here, or in `fetch`.
+    fn finish(&self) -> Result<(), BackendError>;
 
     /// out[t] = table[tokens[t] − first_id], or zeros where the table does not hold that id.
     fn embed(&self, table: &Self::Matrix, first_id: u32, tokens: &[u32], out: &mut Self::Buffer);
     /// out = (x − mean) / sqrt(var + eps) · (1 + γ) + β over each row; biased variance.
-    fn layer_norm(&self, rows: usize, x: &Self::Buffer, norm: &Self::Norm, eps: f32, out: &mut Self::Buffer);
+    fn layer_norm(&self, rows: usize, x: &Self::Buffer, norm: &Self::Norm, eps: f32, out: &mut Self::Operand);
     /// out = x · Wᵀ.
-    fn linear(&self, rows: usize, x: &Self::Buffer, w: &Self::Matrix, out: &mut Self::Buffer);
+    fn linear(&self, rows: usize, x: &Self::Operand, w: &Self::Matrix, out: &mut Self::Buffer);
     /// out = relu(x · Wᵀ)².
-    fn linear_relu2(&self, rows: usize, x: &Self::Buffer, w: &Self::Matrix, out: &mut Self::Buffer);
+    fn linear_relu2(&self, rows: usize, x: &Self::Operand, w: &Self::Matrix, out: &mut Self::Operand);
     /// out = x · Wᵀ, the sum over columns taken as `chunks` (a power of two) equal contiguous parts whose sums are added in a binary tree
     /// ((c0 + c1) + (c2 + c3)) + …: the order in which ranks that hold the chunks apart would add them.
-    fn linear_chunked(&self, rows: usize, x: &Self::Buffer, w: &Self::Matrix, chunks: usize, out: &mut Self::Buffer);
+    fn linear_chunked(&self, rows: usize, x: &Self::Operand, w: &Self::Matrix, chunks: usize, out: &mut Self::Buffer);
     /// Rotates q and k of `qkv` in place and stores k and v at their positions in the cache.
     fn rope_append(&self, batch: &StepBatch, shape: &HeadShape, qkv: &mut Self::Buffer, kv: &mut Self::KvCache);
     /// Causal attention of every token over its sequence's cache: softmax(q·kᵀ / sqrt(head_dim)) · v → out [tokens, heads · head_dim].
@@ -135,14 +143,12 @@ pub trait Backend: Send {
         shape: &HeadShape,
         qkv: &Self::Buffer,
         kv: &Self::KvCache,
-        out: &mut Self::Buffer,
+        out: &mut Self::Operand,
     );
     /// x += y.
     fn add(&self, rows: usize, x: &mut Self::Buffer, y: &Self::Buffer);
     /// out[i] = x[indices[i]].
     fn gather_rows(&self, x: &Self::Buffer, indices: &[u32], out: &mut Self::Buffer);
-    /// The first `rows` rows in host memory, [rows, width].
-    fn read<'a>(&self, rows: usize, x: &'a Self::Buffer) -> &'a [f32];
-    /// The same for writing; the device sees what was written before its next operation.
-    fn write<'a>(&self, rows: usize, x: &'a mut Self::Buffer) -> &'a mut [f32];
+    /// Waits for the first `rows` rows, [rows, width], in host memory, where they may be overwritten.
+    fn fetch<'a>(&self, rows: usize, x: &'a mut Self::Buffer) -> Result<&'a mut [f32], BackendError>;
 }

@@ -181,6 +181,7 @@ impl Backend for CpuBackend {
     type Matrix = Matrix;
     type Norm = Norm;
     type Buffer = Buffer;
+    type Operand = Buffer;
     type KvCache = KvCache;
 
     fn matrix(&self, tensor: &Tensor) -> Result<Matrix, BackendError> {
@@ -196,6 +197,10 @@ impl Backend for CpuBackend {
         Buffer::new(capacity, width)
     }
 
+    fn operand(&self, capacity: usize, width: usize) -> Result<Buffer, BackendError> {
+        Buffer::new(capacity, width)
+    }
+
     fn kv_cache(&self, num_pages: usize, page_tokens: usize, shape: &HeadShape) -> Result<KvCache, BackendError> {
         let len = num_pages * page_tokens * shape.kv_heads * attention::padded(shape.head_dim);
         let elements = || {
@@ -205,6 +210,14 @@ impl Backend for CpuBackend {
             })
         };
         Ok(KvCache { keys: elements()?, values: elements()?, page_tokens })
+    }
+
+    fn begin(&self, _: &StepBatch) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn finish(&self) -> Result<(), BackendError> {
+        Ok(())
     }
 
     fn embed(&self, table: &Matrix, first_id: u32, tokens: &[u32], out: &mut Buffer) {
@@ -294,12 +307,8 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn read<'a>(&self, rows: usize, x: &'a Buffer) -> &'a [f32] {
-        x.rows(rows)
-    }
-
-    fn write<'a>(&self, rows: usize, x: &'a mut Buffer) -> &'a mut [f32] {
-        x.rows_mut(rows)
+    fn fetch<'a>(&self, rows: usize, x: &'a mut Buffer) -> Result<&'a mut [f32], BackendError> {
+        Ok(x.rows_mut(rows))
     }
 }
 

@@ -57,7 +57,7 @@ fn operand(compute: ComputeType, value: f32) -> f32 {
 fn filled(backend: &CpuBackend, width: usize, values: &[f32]) -> Buffer {
     let rows = values.len() / width;
     let mut buffer = backend.buffer(rows, width).unwrap();
-    backend.write(rows, &mut buffer).copy_from_slice(values);
+    buffer.rows_mut(rows).copy_from_slice(values);
     buffer
 }
 
@@ -77,7 +77,7 @@ fn apply(
     let x = filled(backend, x_width, x);
     let mut out = filled(backend, width, &vec![f32::NAN; rows * width]);
     op(backend, rows, &x, &mut out);
-    backend.read(rows, &out).to_vec()
+    out.rows(rows).to_vec()
 }
 
 fn assert_close(actual: &[f32], expected: &[f64], tolerance: f64) {
@@ -212,14 +212,14 @@ fn rows_are_normalised_added_and_gathered() {
     let y = filled(&backend, width, &normal);
     let mut sum = filled(&backend, width, &x);
     backend.add(2, &mut sum, &y);
-    let sum = backend.read(3, &sum);
+    let sum = sum.rows(3);
     assert!((0..2 * width).all(|i| sum[i] == x[i] + normal[i]));
     assert_eq!(sum[2 * width..], x[2 * width..]);
 
     let mut gathered = backend.buffer(4, width).unwrap();
     backend.gather_rows(&y, &[2, 0, 2], &mut gathered);
     let row = |i: usize| &normal[i * width..][..width];
-    assert_eq!(backend.read(3, &gathered), [row(2), row(0), row(2)].concat());
+    assert_eq!(gathered.rows(3), [row(2), row(0), row(2)].concat());
 }
 
 #[test]
@@ -234,7 +234,7 @@ fn embed_gives_zeros_for_ids_of_other_ranks() {
         let tokens = [1000, 1099, 999, 1100, 0, u32::MAX, 1060];
         let mut out = filled(&backend, 10, &[f32::NAN; 70]);
         backend.embed(&table, 1000, &tokens, &mut out);
-        for (token, row) in tokens.iter().zip(backend.read(7, &out).chunks(10)) {
+        for (token, row) in tokens.iter().zip(out.rows(7).chunks(10)) {
             let expected: Vec<f32> = match token.checked_sub(1000) {
                 Some(i) if i < 100 => {
                     values[i as usize * 10..][..10].iter().map(|&x| used(dtype, compute, x)).collect()
@@ -288,7 +288,7 @@ impl Sequence {
             let mut out = backend.buffer(tokens, shape.heads * shape.head_dim).unwrap();
             backend.rope_append(&batch, shape, &mut qkv, &mut kv);
             backend.attention(&batch, shape, &qkv, &kv, &mut out);
-            result.extend_from_slice(backend.read(tokens, &out));
+            result.extend_from_slice(out.rows(tokens));
             first += tokens;
         }
         assert_eq!(first, self.tokens());
@@ -395,5 +395,5 @@ fn sequences_of_a_step_do_not_see_each_other() {
     backend.rope_append(&batch, &shape, &mut qkv, &mut kv);
     backend.attention(&batch, &shape, &qkv, &kv, &mut out);
     let alone = [a.run(&backend, 16, false, &[5]), b.run(&backend, 16, false, &[70])].concat();
-    assert_eq!(bits(backend.read(75, &out)), bits(&alone));
+    assert_eq!(bits(out.rows(75)), bits(&alone));
 }
