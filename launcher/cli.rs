@@ -587,9 +587,9 @@ pub struct WorkerArgs {
     /// Which attempt of the run this is
     #[arg(long, value_name = "N", default_value_t = 0, env = crate::env::ATTEMPT)]
     pub attempt: u32,
-    /// Where the supervisor listens
-    #[arg(long, value_name = "ADDRESS", env = crate::env::SUPERVISOR)]
-    pub supervisor: SocketAddr,
+    /// Where the supervisor may be reached
+    #[arg(long, value_name = "ADDRESSES", env = crate::env::SUPERVISOR, value_delimiter = ',', required = true)]
+    pub supervisor: Vec<SocketAddr>,
 }
 
 /// The command line with the environment variable and the default of each configuration key in the help of its flag.

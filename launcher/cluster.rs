@@ -333,3 +333,47 @@ fn is_variable_name(name: &str) -> bool {
         && !name.is_empty()
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// Two nodes with 8 devices each, in a partition, for two hours.
+    pub(crate) fn site() -> Site {
+        Site {
+            nodes: 2,
+            devices_per_node: 8,
+            account: None,
+            partition: Some("gpu".into()),
+            qos: None,
+            time_s: Some(7200),
+            constraint: None,
+            reservation: None,
+            nodelist: None,
+            exclude: None,
+            exclusive: true,
+            requeue: false,
+            extra: Vec::new(),
+            gpu_request: GpuRequest::GpusPerNode,
+            gres_type: None,
+            mem: Some("0".into()),
+            cpus_per_task: None,
+            switches: None,
+            sacct: true,
+            binary: None,
+            template: None,
+            interface: None,
+            pass: Vec::new(),
+            secrets: Vec::new(),
+            source: Vec::new(),
+            container: Container {
+                runtime: Runtime::None,
+                image: String::new(),
+                mounts: Vec::new(),
+                mount_home: false,
+            },
+            set: Vec::new(),
+            fabric: Vec::new(),
+        }
+    }
+}

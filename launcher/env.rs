@@ -23,8 +23,13 @@ pub const TIMEOUT: &str = "NEMOTRON_TIMEOUT";
 pub const RANK: &str = "NEMOTRON_RANK";
 /// Attempt that a worker belongs to.
 pub const ATTEMPT: &str = "NEMOTRON_ATTEMPT";
-/// Address at which the supervisor of a worker listens.
+/// Addresses at which the supervisor of a worker may be reached, separated by commas.
 pub const SUPERVISOR: &str = "NEMOTRON_SUPERVISOR";
+
+/// A list as the value of a variable.
+pub(crate) fn join<T: ToString>(items: &[T]) -> String {
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
 
 /// A snapshot of the surroundings; tests make their own.
 #[derive(Clone, Debug, Default)]
@@ -49,6 +54,11 @@ impl Environment {
     /// A variable; an empty one counts as absent.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.variables.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    /// All variables, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.variables.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
     /// An absolute path for `path`, which may start with `~/` and else is relative to `base`.

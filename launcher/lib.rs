@@ -28,6 +28,7 @@ pub mod model;
 mod observe;
 pub mod plan;
 mod port;
+mod preflight;
 mod process;
 pub mod profile;
 mod ranks;

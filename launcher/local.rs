@@ -42,12 +42,12 @@ impl LocalRanks {
         Self { command: Box::new(command), run_dir: run_dir.clone(), children: Vec::new() }
     }
 
-    fn spawn(&self, rank: usize, supervisor: SocketAddr, attempt: u32, log: &Path) -> io::Result<Child> {
+    fn spawn(&self, rank: usize, supervisor: &[SocketAddr], attempt: u32, log: &Path) -> io::Result<Child> {
         let log = OpenOptions::new().append(true).create(true).mode(0o600).open(log)?;
         (self.command)()
             .env(env::RANK, rank.to_string())
             .env(env::ATTEMPT, attempt.to_string())
-            .env(env::SUPERVISOR, supervisor.to_string())
+            .env(env::SUPERVISOR, env::join(supervisor))
             .env(SUPERVISOR_PID, std::process::id().to_string())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -59,11 +59,11 @@ impl LocalRanks {
 }
 
 impl Ranks for LocalRanks {
-    fn meeting_point(&self) -> IpAddr {
-        Ipv4Addr::LOCALHOST.into()
+    fn meeting_points(&self) -> &[IpAddr] {
+        &[IpAddr::V4(Ipv4Addr::LOCALHOST)]
     }
 
-    fn start(&mut self, count: usize, supervisor: SocketAddr, attempt: u32) -> anyhow::Result<()> {
+    fn start(&mut self, count: usize, supervisor: &[SocketAddr], attempt: u32) -> anyhow::Result<()> {
         for rank in 0..count {
             let log = self.run_dir.rank_log(attempt, rank);
             let child = self.spawn(rank, supervisor, attempt, &log);

@@ -123,7 +123,14 @@ impl Observer {
                 status.deadline = None;
                 status.eta_s = None;
                 let cause = Some(format!("{job} {how}; {silence}"));
-                status.end = Some(End { exit: Some(exit), exit_code: exit as u8, cause, rank: None, crashed: false });
+                status.end = Some(End {
+                    exit: Some(exit),
+                    exit_code: exit as u8,
+                    cause,
+                    hints: Vec::new(),
+                    rank: None,
+                    crashed: false,
+                });
             }
         }
     }

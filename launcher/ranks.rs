@@ -4,13 +4,19 @@ use std::net::{IpAddr, SocketAddr};
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use crate::local::LocalRanks;
+use crate::report::{Exit, Failure, Outcome};
+use crate::rundir::RunDir;
+use crate::slurm::env::Allocation;
+use crate::slurm::step::Step;
+
 /// The processes of a run's ranks. Dropping it ends them.
 pub(crate) trait Ranks {
-    /// The address of this host at which ranks reach their supervisor.
-    fn meeting_point(&self) -> IpAddr;
+    /// Addresses of this host at which ranks may reach their supervisor, the likeliest first.
+    fn meeting_points(&self) -> &[IpAddr];
 
-    /// Starts ranks 0 to `count` - 1, from a thread that lives as long as they do.
-    fn start(&mut self, count: usize, supervisor: SocketAddr, attempt: u32) -> anyhow::Result<()>;
+    /// Starts ranks 0 to `count` - 1, from a thread that lives as long as they do. They find their supervisor at one of the addresses.
+    fn start(&mut self, count: usize, supervisor: &[SocketAddr], attempt: u32) -> anyhow::Result<()>;
 
     /// Ranks whose process has ended since the last call, as far as this is known, and how.
     fn reap(&mut self) -> Vec<(usize, ExitStatus)>;
@@ -25,6 +31,11 @@ pub(crate) trait Ranks {
     /// From "stop" to [`Self::kill_all`].
     fn grace(&self) -> Duration;
 
+    /// Ranks of which a scheduler has reported that they never became one, with the exit code and why; each rank once.
+    fn refused(&mut self) -> Vec<(usize, Exit, String)> {
+        Vec::new()
+    }
+
     /// What a scheduler has reported about the end of a rank.
     fn report_on(&self, _rank: usize) -> Option<String> {
         None
@@ -38,5 +49,16 @@ pub(crate) trait Ranks {
     /// A scheduler ends ranks when it ends the supervisor, and signals them by itself.
     fn are_scheduled(&self) -> bool {
         false
+    }
+}
+
+/// What starts the run's ranks.
+pub(crate) fn of_run(run_dir: &RunDir) -> Outcome<Box<dyn Ranks>> {
+    let spec = run_dir.spec()?;
+    match (&spec.site, Allocation::of_process()?) {
+        (Some(site), Some(allocation)) => Ok(Box::new(Step::new(run_dir, &spec, site, allocation)?)),
+        (Some(_), None) => Err(Failure::msg(Exit::Usage, "this run is for Slurm, but there is no allocation here")
+            .hint("`nemotron launch` submits it; `nemotron supervise` is for the batch script")),
+        (None, _) => Ok(Box::new(LocalRanks::new(run_dir))),
     }
 }

@@ -10,11 +10,11 @@ use nemotron_engine::job::JobProgress;
 use nemotron_engine::report::Phase;
 use serde::{Deserialize, Serialize};
 
-use crate::events::now;
+use crate::events::{Event, Journal, now};
 use crate::observe::Observer;
 use crate::process::ProcessId;
 use crate::report::{Exit, Failure, Outcome};
-use crate::rundir::{RunDir, read_json};
+use crate::rundir::{RunDir, read_json, write_json};
 use crate::spec::{RunSpec, Task};
 
 /// Where a run is on its way.
@@ -135,6 +135,9 @@ pub(crate) struct End {
     pub(crate) exit: Option<Exit>,
     pub(crate) exit_code: u8,
     pub(crate) cause: Option<String>,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) hints: Vec<String>,
     pub(crate) rank: Option<usize>,
     /// The engine itself broke, perhaps over a row.
     #[serde(default)]
@@ -239,6 +242,7 @@ impl Status {
             exit: Some(Exit::RankLost),
             exit_code: Exit::RankLost as u8,
             cause,
+            hints: Vec::new(),
             rank: None,
             crashed: false,
         });
@@ -249,6 +253,7 @@ impl Status {
         let Some((exit, end)) = self.end.as_ref().and_then(|end| Some((end.exit?, end))) else { return Ok(()) };
         let cause = end.cause.as_deref().unwrap_or("for an unknown cause");
         let failure = Failure::msg(exit, format!("run {} is {}: {cause}", self.run, self.phase));
+        let failure = end.hints.iter().cloned().fold(failure, Failure::hint);
         Err(failure.hint(format!("nemotron logs {}", self.run)))
     }
 
@@ -271,6 +276,46 @@ impl Endpoint {
         }
         Ok(read_json(&run_dir.endpoint_file())?)
     }
+}
+
+/// The final record of a run whose supervisor can write none.
+pub(crate) fn record_end(run_dir: &RunDir, phase: RunPhase, exit: Exit, cause: &str) -> Outcome {
+    let mut status = Status::of(run_dir)?;
+    status.phase = phase;
+    (status.url, status.deadline, status.eta_s) = (None, None, None);
+    (status.since, status.updated) = (now(), now());
+    let end = End {
+        exit: Some(exit),
+        exit_code: exit as u8,
+        cause: Some(cause.into()),
+        hints: Vec::new(),
+        rank: None,
+        crashed: false,
+    };
+    status.end = Some(end);
+    let report = Report {
+        schema: 1,
+        run: &status.run,
+        attempt: status.attempt,
+        outcome: status.phase,
+        exit_code: exit as u8,
+        cause: Some(cause),
+        started: status.started,
+        ended: status.since,
+        phases: &[],
+        ranks: &status.ranks,
+        prompt_tokens: status.stats.prompt_tokens,
+        generated_tokens: status.stats.generated_tokens,
+        rows: status.job,
+    };
+    let write = || -> std::io::Result<()> {
+        let mut event = Event::new("ended").phase(status.phase).text(cause);
+        event.exit_code = Some(exit as u8);
+        Journal::open(run_dir, status.attempt)?.write(event);
+        write_json(&run_dir.report_file(), &report)?;
+        write_json(&run_dir.status_file(), &status)
+    };
+    Ok(write().map_err(anyhow::Error::new)?)
 }
 
 /// The URL of a server bound to `address`, as this machine reaches it.

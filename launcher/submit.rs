@@ -10,14 +10,52 @@ use anyhow::Context as _;
 use crate::cluster::Site;
 use crate::env::Environment;
 use crate::events::{Event, Journal};
+use crate::job_file::load_job;
+use crate::observe::Observer;
+use crate::preflight;
 use crate::render::{SECRETS_FILE, binary, job_script, secrets_file, submission_environment};
-use crate::report::{Exit, Outcome};
+use crate::report::{Exit, Failure, Outcome};
 use crate::resolve::Resolved;
 use crate::rundir::{RunDir, write_atomic};
 use crate::slurm::job::{self, Job};
+use crate::slurm::parse;
+use crate::spec::Task;
+use crate::state::Status;
+use crate::supervise::narrate;
+
+/// Refuses a job whose output another run, which has not ended, writes too.
+///
+/// # Errors
+/// Which run that is.
+pub(crate) fn check_only_writer(resolved: &Resolved) -> Outcome {
+    let Some(job) = &resolved.job else { return Ok(()) };
+    let output = &job.file.output.path;
+    for run_dir in RunDir::list(&resolved.run_root) {
+        let Ok(Task::Job { file, overrides, .. }) = run_dir.spec().map(|spec| spec.task) else { continue };
+        let writes_it = || load_job(&file, &overrides).is_ok_and(|other| other.file.output.path == *output);
+        let has_ended = || -> Outcome<bool> {
+            Ok(Status::of(&run_dir)?.phase.is_end() || Observer::new(&run_dir)?.look()?.phase.is_end())
+        };
+        if writes_it() && !has_ended()? {
+            let name = run_dir.name();
+            let text = format!("run {name} writes to {} already", output.display());
+            return Err(Failure::msg(Exit::Preflight, text)
+                .hint(format!("wait for it (nemotron wait {name} --for done), or end it (nemotron cancel {name})")));
+        }
+    }
+    Ok(())
+}
+
+/// What can be known on this host about the nodes' chances: they see the same file systems as a rule.
+fn check_paths(resolved: &Resolved) -> Outcome {
+    preflight::model(&resolved.spec.model)?;
+    let output = resolved.job.as_ref().and_then(|job| job.file.output.path.parent());
+    output.map_or(Ok(()), |folder| preflight::folder(folder, "output.path of the job file"))
+}
 
 /// Whether Slurm would take the run, in its own words. Nothing is left behind.
 pub(crate) fn test(resolved: &Resolved, site: &Site, environment: &Environment) -> Outcome<String> {
+    check_paths(resolved)?;
     let mut spec = resolved.spec.clone();
     if spec.name.is_empty() {
         spec.name = "nemotron-test".into();
@@ -29,6 +67,7 @@ pub(crate) fn test(resolved: &Resolved, site: &Site, environment: &Environment) 
 /// Makes the run's directory and submits its script. A run that Slurm refuses leaves no directory.
 pub(crate) fn submit(resolved: &mut Resolved, site: &Site, environment: &Environment) -> Outcome<(RunDir, Job)> {
     let secrets = secrets_file(site, environment)?;
+    check_paths(resolved)?;
     let run_dir = RunDir::create(&resolved.run_root, &mut resolved.spec)?;
     let submitted = fill(&run_dir, resolved, site, secrets.as_deref(), environment);
     if let Err(failure) = &submitted
@@ -53,7 +92,11 @@ fn fill(
 ) -> Outcome<Job> {
     let script = job_script(&resolved.spec, site, run_dir.path(), &binary(site)?)?;
     let variables = submission_environment(site, environment);
-    job::test(&script, &variables)?;
+    preflight::folder(run_dir.path(), "login.run_root")?;
+    let words = job::test(&script, &variables)?;
+    if let Some((start, nodes)) = parse::estimate(&words) {
+        narrate(&format!("Slurm expects to start it at {start} on {nodes}"));
+    }
     write_atomic(&run_dir.script_file(), script.as_bytes()).context("cannot write job.sbatch")?;
     if let Some(secrets) = secrets {
         write_private(&run_dir.path().join(SECRETS_FILE), secrets).context("cannot write the secrets")?;

@@ -1,8 +1,9 @@
 //! One rank's process: finds its supervisor, takes part in the engine, tells how it goes, and never outlives the supervisor.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -20,17 +21,20 @@ use nemotron_engine::serve::{self, ServeOptions};
 use nemotron_engine::tokenizer::Tokenizer;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigSet, Signal};
-use nix::unistd::getppid;
+use nix::unistd::{dup2_stderr, dup2_stdout, getppid};
 use tokio::sync::watch;
 
 use crate::cli::WorkerArgs;
-use crate::env::{self, Environment};
+use crate::env::Environment;
 use crate::job_file::load_job;
 use crate::local::SUPERVISOR_PID;
 use crate::model;
 use crate::port::Port;
-use crate::process::ProcessId;
-use crate::rendezvous::{Down, Hello, Identity, Link, Messages, RankEnd, Up, connect, local_ip, run_key};
+use crate::preflight;
+use crate::process::{ProcessId, hostname};
+use crate::rendezvous::{
+    Down, Hello, Identity, Link, Messages, NETWORK_HINT, RankEnd, Up, connect, listen, own_addresses, run_key,
+};
 use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::{RunDir, read_json, read_token};
 use crate::slurm;
@@ -54,21 +58,32 @@ pub(crate) fn run(args: &WorkerArgs) -> Outcome {
     let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
     signals.thread_block().map_err(anyhow::Error::new)?;
 
-    let run_dir = RunDir::open(&args.run_dir)?;
+    let run_dir = RunDir::open(&args.run_dir).map_err(|failure| {
+        // Whoever started this rank has seen it.
+        let text = format!("{} cannot be seen on host {}", args.run_dir.display(), hostname());
+        Failure::new(Exit::Preflight, failure.error.context(text))
+            .hint("login.run_root must be a folder that every node sees")
+    })?;
     let spec = run_dir.spec()?;
-    let supervisor = environment.get(env::SUPERVISOR).and_then(|address| address.parse().ok());
-    let supervisor: SocketAddr = supervisor
-        .ok_or_else(|| Failure::msg(Exit::Usage, format!("{} must be the supervisor's address", env::SUPERVISOR)))?;
+    let supervisor = &args.supervisor;
     let rank = args.rank.or_else(|| slurm::env::rank(&environment, spec.mesh.world_size())).ok_or_else(|| {
         let text = format!("this is no rank: neither --rank nor a Slurm step of {} tasks", spec.mesh.world_size());
         Failure::msg(Exit::Rendezvous, text)
     })?;
-    let ip = local_ip(supervisor).context("cannot find this host's own address")?;
-    let listener = TcpListener::bind((ip, 0)).context("cannot listen for other ranks")?;
-    let address = listener.local_addr().context("cannot listen for other ranks")?;
+    if args.rank.is_none() {
+        // Not srun's to write: what it says itself about a rank that never began would be mixed in, or lost.
+        log_to(&run_dir.rank_log(args.attempt, rank))?;
+    }
+    // What is wrong here is said to the supervisor, so it waits for the connection to it.
+    let interface = spec.site.as_ref().and_then(|site| site.interface.as_deref());
+    let listening = own_addresses(interface, supervisor[0])
+        .and_then(|own| listen(&own).context("cannot listen for other ranks"))
+        .map_err(|error| Failure::new(Exit::Rendezvous, error).hint(NETWORK_HINT));
+    let addresses = listening.as_ref().map_or_else(|_| Vec::new(), |(_, addresses)| addresses.clone());
+    let ip = addresses.first().map_or(supervisor[0].ip(), SocketAddr::ip);
     let key = run_key(&run_dir.token()?);
     let identity = Identity::current(&run_dir, args.attempt)?;
-    let hello = Hello { rank, process: ProcessId::current(), identity, address };
+    let hello = Hello { rank, process: ProcessId::current(), identity, addresses };
     let (link, messages) = connect(supervisor, &key, &hello, spec.deadlines.rendezvous)?;
 
     let (voice, post) = Post::open(link);
@@ -81,11 +96,22 @@ pub(crate) fn run(args: &WorkerArgs) -> Outcome {
     set_pdeathsig(None).map_err(anyhow::Error::new)?;
 
     let member = Member { rank, attempt: args.attempt, spec: &spec, run_dir: &run_dir, post: &post, ip };
-    let outcome = member.take_part(listener, key, &peers, drain);
+    let outcome = listening.and_then(|(listener, _)| member.take_part(listener, key, &peers, drain));
     post.end(&outcome);
     // The last message is out when the voice falls silent.
     _ = voice.join();
     outcome
+}
+
+/// From now on stdout and stderr go to the file.
+fn log_to(path: &Path) -> Outcome {
+    let open = || -> std::io::Result<()> {
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+        dup2_stdout(&file)?;
+        Ok(dup2_stderr(&file)?)
+    };
+    let text = || format!("cannot write {} on host {}", path.display(), hostname());
+    open().with_context(text).map_err(|error| Failure::new(Exit::Preflight, error))
 }
 
 /// What this rank has to say; said by a thread of its own, so that nobody who computes waits for the network.
@@ -264,6 +290,13 @@ impl Member<'_> {
         drain: watch::Receiver<bool>,
     ) -> Outcome {
         self.post.phase(Phase::Preflight);
+        if let Some(site) = &self.spec.site
+            && self.rank.is_multiple_of(site.devices_per_node)
+        {
+            // The first rank of a node looks for all of its node.
+            preflight::model(&self.spec.model)?;
+            preflight::folder(self.run_dir.path(), "login.run_root")?;
+        }
         let errand = if self.rank == 0 { Some(self.preflight()?) } else { None };
         self.post.phase(Phase::Rendezvous);
         let addresses = peers.recv().context("the lifeline has ended")?;

@@ -3,15 +3,14 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::cli::CancelArgs;
-use crate::events::{Event, Journal, now};
 use crate::observe::Observer;
 use crate::process::ProcessId;
 use crate::report::{Exit, Failure, Outcome};
-use crate::rundir::{RunDir, find_run, write_json};
+use crate::rundir::{RunDir, find_run};
 use crate::slurm::client::PATIENCE;
 use crate::slurm::job::Job;
 use crate::start::POLL;
-use crate::state::{End, Report, RunPhase, Status};
+use crate::state::{RunPhase, Status, record_end};
 use crate::supervise::narrate;
 
 /// What a supervisor needs beyond the time for draining.
@@ -69,7 +68,7 @@ fn cancel_processes(run_dir: &RunDir, now: bool, limit: Duration) -> Outcome {
 
 /// Asks the supervisor, waits, then lets Slurm end the job, and sees that it has.
 fn cancel_job(run_dir: &RunDir, now: bool, limit: Duration) -> Outcome {
-    let Some(job) = Job::of(run_dir)? else { return record_end(run_dir, "it was never submitted") };
+    let Some(job) = Job::of(run_dir)? else { return cancelled(run_dir, "it was never submitted") };
     let mut observer = Observer::new(run_dir)?;
     let queued = job.look(PATIENCE)?.filter(|queued| !queued.state.is_end());
     let running = queued.as_ref().is_some_and(|queued| !queued.state.is_waiting());
@@ -92,41 +91,11 @@ fn cancel_job(run_dir: &RunDir, now: bool, limit: Duration) -> Outcome {
         return Ok(());
     }
     let when = if running { "before its supervisor could say so" } else { "while it was pending" };
-    record_end(run_dir, &format!("job {} was cancelled {when}", job.id))
+    cancelled(run_dir, &format!("job {} was cancelled {when}", job.id))
 }
 
-/// The final record of a run whose supervisor can write none.
-fn record_end(run_dir: &RunDir, cause: &str) -> Outcome {
-    let mut status = Status::of(run_dir)?;
-    let exit = Exit::Terminated;
-    status.phase = RunPhase::Cancelled;
-    (status.url, status.deadline, status.eta_s) = (None, None, None);
-    (status.since, status.updated) = (now(), now());
-    let end = End { exit: Some(exit), exit_code: exit as u8, cause: Some(cause.into()), rank: None, crashed: false };
-    status.end = Some(end);
-    let report = Report {
-        schema: 1,
-        run: &status.run,
-        attempt: status.attempt,
-        outcome: status.phase,
-        exit_code: exit as u8,
-        cause: Some(cause),
-        started: status.started,
-        ended: status.since,
-        phases: &[],
-        ranks: &status.ranks,
-        prompt_tokens: status.stats.prompt_tokens,
-        generated_tokens: status.stats.generated_tokens,
-        rows: status.job,
-    };
-    let write = || -> std::io::Result<()> {
-        let mut event = Event::new("ended").phase(status.phase).text(cause);
-        event.exit_code = Some(exit as u8);
-        Journal::open(run_dir, status.attempt)?.write(event);
-        write_json(&run_dir.report_file(), &report)?;
-        write_json(&run_dir.status_file(), &status)
-    };
-    Ok(write().map_err(anyhow::Error::new)?)
+fn cancelled(run_dir: &RunDir, cause: &str) -> Outcome {
+    record_end(run_dir, RunPhase::Cancelled, Exit::Terminated, cause)
 }
 
 /// Asks, waits, then kills.

@@ -3,6 +3,7 @@ use serde_json::json;
 use crate::cli::{EventsArgs, LaunchArgs, WaitFor};
 use crate::cluster::Site;
 use crate::env::Environment;
+use crate::fabric;
 use crate::host::Host;
 use crate::report::{Outcome, print_json, print_line};
 use crate::resolve::{self, Resolved};
@@ -23,11 +24,19 @@ pub(crate) fn run(args: &LaunchArgs) -> Outcome {
         block_signals()?;
     }
     let mut resolved = resolve::launch(args, &environment, &host)?;
+    if !args.dry_run {
+        submit::check_only_writer(&resolved)?;
+    }
     match resolved.spec.site.clone() {
         Some(site) if args.test_only => return test_only(&resolved, &site, &environment, args.json),
         Some(site) if !args.dry_run => {
             // What is in a queue does not depend on this process.
             unblock_signals()?;
+            let left = fabric::not_passed(&site, &environment);
+            if !left.is_empty() {
+                let key = "env.pass in the cluster file passes them on";
+                narrate(&format!("set in this shell, but not for the job: {} ({key})", left.join(", ")));
+            }
             let (run_dir, job) = submit::submit(&mut resolved, &site, &environment)?;
             return follow(args, &run_dir, Some(job.id));
         }

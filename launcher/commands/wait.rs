@@ -6,6 +6,7 @@ use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::{RunDir, find_run};
 use crate::start::POLL;
 use crate::state::RunPhase;
+use crate::supervise::{Display, is_quiet};
 
 pub(crate) fn run(args: &WaitArgs) -> Outcome {
     wait_for(&find_run(&args.run)?, args.target, args.timeout)
@@ -15,18 +16,22 @@ pub(crate) fn run(args: &WaitArgs) -> Outcome {
 pub(super) fn wait_for(run_dir: &RunDir, target: WaitFor, timeout: Option<Duration>) -> Outcome {
     let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let mut observer = Observer::new(run_dir)?;
-    loop {
+    let mut display = Display::stderr(is_quiet());
+    let outcome = loop {
         let status = observer.look()?;
+        display.show(&status);
         if status.phase.is_end() {
-            return status.outcome();
+            break status.outcome();
         }
         if target == WaitFor::Ready && (status.phase.is_up() || status.phase == RunPhase::Draining) {
-            return Ok(());
+            break Ok(());
         }
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             let text = format!("the time is over: run {} is still {}", run_dir.name(), status.phase);
-            return Err(Failure::msg(Exit::WaitTimedOut, text));
+            break Err(Failure::msg(Exit::WaitTimedOut, text));
         }
         std::thread::sleep(POLL);
-    }
+    };
+    display.finish();
+    outcome
 }

@@ -4,41 +4,8 @@ use std::process::Command;
 use proptest::prelude::*;
 
 use super::*;
-use crate::cluster::Container;
+use crate::cluster::testing::site;
 use crate::spec::testing::serve_spec;
-
-fn site() -> Site {
-    Site {
-        nodes: 2,
-        devices_per_node: 8,
-        account: None,
-        partition: Some("gpu".into()),
-        qos: None,
-        time_s: Some(7200),
-        constraint: None,
-        reservation: None,
-        nodelist: None,
-        exclude: None,
-        exclusive: true,
-        requeue: false,
-        extra: Vec::new(),
-        gpu_request: GpuRequest::GpusPerNode,
-        gres_type: None,
-        mem: Some("0".into()),
-        cpus_per_task: None,
-        switches: None,
-        sacct: true,
-        binary: None,
-        template: None,
-        interface: None,
-        pass: Vec::new(),
-        secrets: Vec::new(),
-        source: Vec::new(),
-        container: Container { runtime: Runtime::None, image: String::new(), mounts: Vec::new(), mount_home: false },
-        set: Vec::new(),
-        fabric: Vec::new(),
-    }
-}
 
 fn render(site: &Site) -> Outcome<String> {
     job_script(&serve_spec("n"), site, Path::new("/runs/n"), Path::new("/opt/nemotron"))

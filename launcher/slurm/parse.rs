@@ -25,6 +25,14 @@ pub fn submitted(stdout: &str) -> Option<Submitted> {
     })
 }
 
+/// Start and nodes from what `sbatch --test-only` says: `Job 8 to start at 2099-10-21T19:15:13 using 16 processors on nodes h100-[01-02] …`.
+pub fn estimate(words: &str) -> Option<(&str, &str)> {
+    let (_, rest) = words.split_once(" to start at ")?;
+    let start = rest.split_whitespace().next()?;
+    let (_, rest) = rest.split_once(" on nodes ")?;
+    Some((start, rest.split_whitespace().next()?))
+}
+
 /// A row of `squeue` in [`SQUEUE_FORMAT`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Queued {
@@ -379,6 +387,13 @@ mod tests {
     }
 
     #[test]
+    fn estimates_are_found() {
+        let words = "Job 8 to start at 2099-10-21T19:15:13 using 16 processors on nodes h100-[01-02] in partition h100";
+        assert_eq!(estimate(words), Some(("2099-10-21T19:15:13", "h100-[01-02]")));
+        assert_eq!(estimate("allocation failure: Requested node configuration is not available"), None);
+    }
+
+    #[test]
     fn queue_rows_keep_reasons_with_separators() {
         let row =
             queued("9|PENDING||2:00:00|N/A|nemotron:x:1|Job's account not known, so it can't use this partition (a|b)")
@@ -462,7 +477,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_is_survived(text in "\\PC{0,60}|[JobIdState=| :;0-9\\-\\n]{0,60}") {
-            let _ = (submitted(&text), queued(&text), accounted(&text), job_fields(&text), State::parse(&text), reason(&text), time_limit(&text));
+            let _ = (submitted(&text), estimate(&text), queued(&text), accounted(&text), job_fields(&text), State::parse(&text), reason(&text), time_limit(&text));
         }
 
         #[test]

@@ -1,5 +1,6 @@
 //! Ranks as the tasks of one Slurm step, started by `srun` in the batch script's allocation.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs as _};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -11,15 +12,18 @@ use nemotron_engine::rank::{Device, ModelSource};
 use crate::cluster::{GpuRequest, Site};
 use crate::env;
 use crate::ranks::Ranks;
-use crate::rendezvous::local_ip;
+use crate::rendezvous::{NETWORK_HINT, local_ip, own_addresses};
 use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::RunDir;
 use crate::slurm::env::Allocation;
 use crate::spec::RunSpec;
-use crate::tail::last_lines;
+use crate::tail::Tail;
 
-/// Lines of srun's own words that are looked at.
-const REPORT_LINES: usize = 100;
+/// Lines of srun's that are looked at.
+const MOST_LINES: usize = 10_000;
+
+/// Lines that a rank which never joined said, and that are shown.
+const OWN_LINES: usize = 4;
 
 /// The step that holds all ranks. Dropping it ends them.
 pub(crate) struct Step {
@@ -29,9 +33,13 @@ pub(crate) struct Step {
     options: Vec<String>,
     /// What each task runs.
     command: Vec<String>,
-    ip: IpAddr,
+    addresses: Vec<IpAddr>,
     attempt: u32,
     srun: Option<Child>,
+    /// What srun says, read so far.
+    words: Vec<String>,
+    tail: Option<Tail>,
+    refused: BTreeSet<usize>,
     collapse: Option<String>,
 }
 
@@ -51,7 +59,7 @@ impl Step {
             );
             return Err(Failure::msg(Exit::Rendezvous, text));
         }
-        let ip = own_address(&allocation.nodes)?;
+        let addresses = supervisor_addresses(&allocation.nodes, site.interface.as_deref())?;
         let binary = std::env::current_exe().context("cannot find this executable")?;
         let mut needed = vec![run_dir.path(), &binary];
         if let ModelSource::Path(path) = &spec.model {
@@ -62,7 +70,20 @@ impl Step {
         let mut command = site.container.command_prefix(&needed, spec.device);
         command.extend([binary.as_path(), Path::new("worker"), run_dir.path()].map(|word| word.display().to_string()));
         let (run_dir, per_node) = (run_dir.clone(), site.devices_per_node);
-        Ok(Self { run_dir, allocation, per_node, options, command, ip, attempt: 0, srun: None, collapse: None })
+        Ok(Self {
+            run_dir,
+            allocation,
+            per_node,
+            options,
+            command,
+            addresses,
+            attempt: 0,
+            srun: None,
+            words: Vec::new(),
+            tail: None,
+            refused: BTreeSet::new(),
+            collapse: None,
+        })
     }
 
     fn node(&self, rank: usize) -> &str {
@@ -70,8 +91,13 @@ impl Step {
         self.allocation.nodes.get(rank / self.per_node).map_or("?", String::as_str)
     }
 
-    fn words(&self) -> Vec<String> {
-        last_lines(&self.run_dir.step_log(self.attempt), REPORT_LINES)
+    /// Reads what srun has said since the last look; whether that was anything.
+    fn listen(&mut self) -> bool {
+        let news = self.tail.as_mut().and_then(|tail| tail.lines().ok()).unwrap_or_default();
+        let any = !news.is_empty();
+        // Ranks write to logs of their own, so this is little; but a container may be talkative.
+        self.words.extend(news.into_iter().take(MOST_LINES.saturating_sub(self.words.len())));
+        any
     }
 }
 
@@ -89,7 +115,8 @@ fn options(spec: &RunSpec, site: &Site) -> Vec<String> {
         "--mpi=none".into(),
         "--export=ALL".into(),
         "--input=none".into(),
-        "--open-mode=append".into(),
+        // What a task says before it writes to its own log stands behind its number.
+        "--label".into(),
     ];
     options.extend(site.mem.as_ref().map(|mem| format!("--mem={mem}")));
     if spec.device == Device::Cuda {
@@ -106,46 +133,37 @@ fn options(spec: &RunSpec, site: &Site) -> Vec<String> {
     options
 }
 
-/// A path as `srun --output` takes it, where `%` and `\` are special.
-fn pattern(path: &Path) -> String {
-    path.display().to_string().replace('\\', "\\\\").replace('%', "%%")
-}
-
-/// The address of this node that other nodes of the allocation reach: the one from which it reaches them.
-fn own_address(nodes: &[String]) -> Outcome<IpAddr> {
+/// Addresses of this node at which the other nodes of the allocation may reach it.
+fn supervisor_addresses(nodes: &[String], interface: Option<&str>) -> Outcome<Vec<IpAddr>> {
     // A node's own name may stand for its loopback address.
     let others_first = nodes.iter().skip(1).chain(nodes.first());
-    for node in others_first {
-        for address in (node.as_str(), 1).to_socket_addrs().into_iter().flatten() {
-            if let Ok(ip) = local_ip(address)
-                && !ip.is_loopback()
-            {
-                return Ok(ip);
-            }
+    let resolved = others_first.flat_map(|node| (node.as_str(), 1).to_socket_addrs().into_iter().flatten());
+    let towards = resolved.into_iter().find(|address| local_ip(*address).is_ok_and(|ip| !ip.is_loopback()));
+    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+    match towards {
+        None if nodes.len() > 1 && interface.is_none() => {
+            let text = format!("no address of {} is known on {}", nodes[1..].join(", "), nodes[0]);
+            Err(Failure::msg(Exit::Rendezvous, text)
+                .hint("the nodes' names must resolve on the nodes, by DNS or /etc/hosts; or set fabric.interface"))
         }
+        towards => own_addresses(interface, towards.unwrap_or(loopback))
+            .map_err(|error| Failure::new(Exit::Rendezvous, error).hint(NETWORK_HINT)),
     }
-    if nodes.len() == 1 {
-        return Ok(Ipv4Addr::LOCALHOST.into());
-    }
-    let text = format!("no address of {} is known on {}", nodes[1..].join(", "), nodes[0]);
-    Err(Failure::msg(Exit::Rendezvous, text).hint("the nodes' names must resolve on the nodes, by DNS or /etc/hosts"))
 }
 
 impl Ranks for Step {
-    fn meeting_point(&self) -> IpAddr {
-        self.ip
+    fn meeting_points(&self) -> &[IpAddr] {
+        &self.addresses
     }
 
-    fn start(&mut self, _count: usize, supervisor: SocketAddr, attempt: u32) -> anyhow::Result<()> {
+    fn start(&mut self, _count: usize, supervisor: &[SocketAddr], attempt: u32) -> anyhow::Result<()> {
         self.attempt = attempt;
-        let directory = self.run_dir.attempt(attempt);
         let words = std::fs::File::create(self.run_dir.step_log(attempt)).context("cannot make srun's log")?;
         let child = Command::new("srun")
             .args(&self.options)
-            .arg(format!("--output={}/rank-%3t.log", pattern(&directory)))
             .args(&self.command)
             .env(env::ATTEMPT, attempt.to_string())
-            .env(env::SUPERVISOR, supervisor.to_string())
+            .env(env::SUPERVISOR, env::join(supervisor))
             .env_remove(env::RANK)
             .stdin(Stdio::null())
             .stdout(words.try_clone().context("cannot share srun's log")?)
@@ -153,6 +171,9 @@ impl Ranks for Step {
             .spawn()
             .context("cannot start srun")?;
         self.srun = Some(child);
+        self.words.clear();
+        self.refused.clear();
+        self.tail = Some(Tail::new(self.run_dir.step_log(attempt)));
         Ok(())
     }
 
@@ -160,7 +181,8 @@ impl Ranks for Step {
     fn reap(&mut self) -> Vec<(usize, ExitStatus)> {
         if let Some(status) = self.srun.as_mut().and_then(|srun| srun.try_wait().ok().flatten()) {
             self.srun = None;
-            let errors = self.words().into_iter().filter(|line| line.contains("error"));
+            self.listen();
+            let errors = self.words.iter().filter(|line| line.contains("error")).cloned();
             let words: Vec<String> = std::iter::once(format!("srun ended ({status})")).chain(errors.take(5)).collect();
             self.collapse = Some(words.join("; "));
         }
@@ -187,12 +209,36 @@ impl Ranks for Step {
         Duration::from_secs(5)
     }
 
+    fn refused(&mut self) -> Vec<(usize, Exit, String)> {
+        if !self.listen() {
+            return Vec::new();
+        }
+        let ended = self.words.iter().filter_map(|line| ended_tasks(line));
+        let ended: Vec<(String, String)> = ended.map(|(tasks, how)| (tasks.to_owned(), how.to_owned())).collect();
+        let mut refused = Vec::new();
+        for (tasks, how) in ended {
+            for rank in (0..self.allocation.nodes.len() * self.per_node).filter(|rank| holds(&tasks, *rank)) {
+                if self.refused.insert(rank) {
+                    let label = format!("{rank}: ");
+                    let own = self.words.iter().filter_map(|line| line.trim_start().strip_prefix(&label));
+                    let own: Vec<&str> = own.map(str::trim).filter(|line| !line.is_empty()).take(OWN_LINES).collect();
+                    let mut own = own.join("; ").trim_start_matches("error: ").to_owned();
+                    // Slurm gives what is not there or may not be run these codes, as a shell does; ours says it itself.
+                    let of_node =
+                        how.ends_with(&format!("exit code {}", Exit::Preflight as u8)) || own.contains("execve()");
+                    if own.contains("execve()") {
+                        own += "; slurm.binary must be nemotron as every node sees it";
+                    }
+                    let exit = if of_node { Exit::Preflight } else { Exit::Rendezvous };
+                    refused.push((rank, exit, if own.is_empty() { how.clone() } else { own }));
+                }
+            }
+        }
+        refused
+    }
+
     fn report_on(&self, rank: usize) -> Option<String> {
-        let about = format!("srun: error: {}: task", self.node(rank));
-        self.words().into_iter().find(|line| {
-            let tasks = line.strip_prefix(&about).and_then(|rest| rest.trim_start_matches('s').split_once(':'));
-            tasks.is_some_and(|(tasks, _)| holds(tasks.trim(), rank))
-        })
+        self.words.iter().find(|line| ended_tasks(line).is_some_and(|(tasks, _)| holds(tasks, rank))).cloned()
     }
 
     fn collapse(&mut self) -> Option<String> {
@@ -202,6 +248,18 @@ impl Ranks for Step {
     fn are_scheduled(&self) -> bool {
         true
     }
+}
+
+/// Which tasks a line of srun's says have ended, and how: `srun: error: h100-02: tasks 2-3: Exited with exit code 2`,
+/// `srun: error: task 2 launch failed: Slurmd could not connect IO`, `srun: error: h100-02: task 5: Killed`.
+fn ended_tasks(line: &str) -> Option<(&str, &str)> {
+    // A job step of a task reports in the task's own output, behind its label.
+    let about = line.strip_prefix("srun: error: ")?;
+    let (_, tasks) = about.split_once("task")?;
+    let tasks = tasks.trim_start_matches('s').trim_start();
+    let (tasks, how) = tasks.split_at(tasks.find(|char: char| !matches!(char, '0'..='9' | ',' | '-'))?);
+    let how = how.trim_start_matches(':').trim();
+    (!tasks.is_empty() && !how.is_empty()).then_some((tasks, how))
 }
 
 /// Whether `2-3,7` holds a number.
@@ -232,7 +290,19 @@ mod tests {
     }
 
     #[test]
-    fn file_names_are_no_patterns() {
-        assert_eq!(pattern(Path::new("/a%b\\c")), "/a%%b\\\\c");
+    fn srun_says_which_tasks_ended() {
+        for (line, expected) in [
+            ("srun: error: h100-02: tasks 2-3,7: Exited with exit code 2", Some(("2-3,7", "Exited with exit code 2"))),
+            ("srun: error: h100-02: task 5: Killed", Some(("5", "Killed"))),
+            (
+                "srun: error: task 2 launch failed: Slurmd could not connect IO",
+                Some(("2", "launch failed: Slurmd could not connect IO")),
+            ),
+            ("srun: error: Node failure on h100-02", None),
+            ("3: srun: error: h100-02: task 5: Killed", None),
+            ("srun: launch/slurm: _step_signal: Terminating StepId=8.0", None),
+        ] {
+            assert_eq!(ended_tasks(line), expected, "{line}");
+        }
     }
 }

@@ -6,6 +6,7 @@ use super::Supervisor;
 use super::display::span;
 use super::member::Member;
 use super::verdict::Fault;
+use crate::rendezvous::NETWORK_HINT;
 use crate::report::Exit;
 use crate::state::RunPhase;
 
@@ -56,6 +57,7 @@ impl Supervisor<'_> {
         };
         let text = format!("{phase} was not over within {limit}; {what}: {}", names.join(", "));
         let mut fault = Fault::new(behind.first().copied(), exit, text);
+        fault.hints.extend((exit == Exit::Rendezvous).then(|| NETWORK_HINT.into()));
         fault.hints.push(format!("if it only needs longer: --set deadlines.{}=…", phase.to_string().to_lowercase()));
         fault
     }

@@ -15,7 +15,8 @@ const INTERVAL: Duration = Duration::from_secs(5);
 
 pub(crate) struct Display {
     mode: Mode,
-    phase: Option<RunPhase>,
+    /// What was shown: phase, and what the scheduler said.
+    shown: Option<(RunPhase, Option<String>)>,
     spoke: Instant,
 }
 
@@ -38,7 +39,7 @@ impl Display {
         } else {
             Mode::Lines
         };
-        Self { mode, phase: None, spoke: Instant::now() }
+        Self { mode, shown: None, spoke: Instant::now() }
     }
 
     /// Shows the present state. How a run ended is for its command to say.
@@ -48,7 +49,9 @@ impl Display {
         }
         // READY and BUSY alternate with every request; only the moving line follows them.
         let phase = if status.phase == RunPhase::Busy { RunPhase::Ready } else { status.phase };
-        let changed = self.phase.replace(phase) != Some(phase);
+        let news = Some((phase, status.note.clone()));
+        let changed = self.shown != news;
+        self.shown = news;
         match &self.mode {
             Mode::Quiet => {}
             Mode::Bar(bar) => bar.set_message(line(status)),
@@ -80,7 +83,7 @@ impl Display {
 }
 
 /// Whether `-q` was given.
-pub(super) fn is_quiet() -> bool {
+pub(crate) fn is_quiet() -> bool {
     LevelFilter::current() < LevelFilter::WARN
 }
 

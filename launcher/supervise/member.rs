@@ -48,10 +48,10 @@ impl Member {
         }
     }
 
-    pub(super) fn introduce(&mut self, hello: Hello, link: Link) {
+    pub(super) fn introduce(&mut self, hello: Hello, address: Option<SocketAddr>, link: Link) {
         self.status.process = Some(hello.process);
         self.status.phase = Some(Phase::Preflight);
-        self.address = Some(hello.address);
+        self.address = address;
         self.link = Some(link);
         self.heard = Instant::now();
     }

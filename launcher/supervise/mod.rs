@@ -22,22 +22,20 @@ use nemotron_engine::engine::EngineStats;
 use nemotron_engine::report::Phase;
 use nix::sys::signal::{SigSet, Signal};
 
-use self::display::{Display, is_quiet};
-pub(crate) use self::display::{line, narrate, span};
+pub(crate) use self::display::{Display, is_quiet, line, narrate, span};
 use self::member::{Death, Member};
 use self::rate::Rate;
 use self::verdict::{Fault, Verdict, cause};
+use crate::env::Environment;
 use crate::events::{Event, Journal, now};
-use crate::local::LocalRanks;
+use crate::fabric;
 use crate::process::ProcessId;
-use crate::ranks::Ranks;
-use crate::rendezvous::{Arrival, Down, Hello, Identity, Link, RankEnd, Reception, Up, run_key};
-use crate::report::{Exit, Failure, Outcome};
+use crate::ranks::{self, Ranks};
+use crate::rendezvous::{Arrival, Down, Hello, Identity, Link, NETWORK_HINT, RankEnd, Reception, Up, run_key};
+use crate::report::{Exit, Outcome};
 use crate::rundir::{RunDir, write_json};
-use crate::slurm::env::Allocation;
-use crate::slurm::step::Step;
 use crate::spec::{RunSpec, Task};
-use crate::state::{Endpoint, PhaseSpan, Report, RunPhase, Status};
+use crate::state::{Endpoint, PhaseSpan, Report, RunPhase, Status, record_end};
 use crate::tail::last_lines;
 
 /// How often processes and clocks are looked at when nothing happens.
@@ -64,17 +62,17 @@ pub(crate) type OnReady = Box<dyn FnOnce(&Endpoint)>;
 pub(crate) fn supervise(run_dir: &RunDir, attempt: u32, on_ready: OnReady) -> Outcome<Status> {
     let (sender, inputs) = channel();
     forward_signals(sender.clone())?;
-    let spec = run_dir.spec()?;
-    let ranks: Box<dyn Ranks> = match (&spec.site, Allocation::of_process()?) {
-        (Some(site), Some(allocation)) => Box::new(Step::new(run_dir, &spec, site, allocation)?),
-        (Some(_), None) => {
-            return Err(Failure::msg(Exit::Usage, "this run is for Slurm, but there is no allocation here")
-                .hint("`nemotron launch` submits it; `nemotron supervise` is for the batch script"));
-        }
-        (None, _) => Box::new(LocalRanks::new(run_dir)),
-    };
     let display = Display::stderr(is_quiet());
-    Supervisor::new(run_dir, attempt, ranks, sender, inputs, display, on_ready)?.run()
+    let supervisor = ranks::of_run(run_dir)
+        .and_then(|ranks| Supervisor::new(run_dir, attempt, ranks, sender, inputs, display, on_ready));
+    match supervisor {
+        Ok(supervisor) => supervisor.run(),
+        Err(failure) => {
+            // Nobody else would say why the run never began.
+            _ = record_end(run_dir, RunPhase::Failed, failure.exit, &format!("{:#}", failure.error));
+            Err(failure)
+        }
+    }
 }
 
 /// The signals that ask a run to end. Whoever started us with `nohup` does not mean SIGHUP.
@@ -148,7 +146,7 @@ struct Supervisor<'a> {
     inputs: Receiver<Input>,
     /// Open until everybody is here.
     reception: Option<Reception>,
-    address: SocketAddr,
+    addresses: Vec<SocketAddr>,
     journal: Journal,
     display: Display,
     on_ready: Option<OnReady>,
@@ -189,7 +187,7 @@ impl<'a> Supervisor<'a> {
         let spec = run_dir.spec()?;
         let identity = Identity::current(run_dir, attempt)?;
         let key = run_key(&run_dir.token()?);
-        let reception = Reception::open(ranks.meeting_point(), key, sender).context("cannot listen for ranks")?;
+        let reception = Reception::open(ranks.meeting_points(), key, sender).context("cannot listen for ranks")?;
         run_dir.make_attempt(attempt).context("cannot make the attempt's directory")?;
         let journal = Journal::open(run_dir, attempt).context("cannot open the event journal")?;
         let world_size = spec.mesh.world_size();
@@ -206,7 +204,7 @@ impl<'a> Supervisor<'a> {
             identity,
             ranks,
             inputs,
-            address: reception.address(),
+            addresses: reception.addresses().to_vec(),
             reception: Some(reception),
             journal,
             display,
@@ -234,6 +232,11 @@ impl<'a> Supervisor<'a> {
 
     fn run(mut self) -> Outcome<Status> {
         self.journal.write(Event::new("started").text(format!("{} ranks", self.members.len())));
+        if let Some(site) = &self.spec.site
+            && let Some(settings) = fabric::in_force(site, &Environment::of_process())
+        {
+            self.journal.write(Event::new("note").text(settings));
+        }
         self.start_ranks();
         while !self.is_over() {
             let waited = Instant::now();
@@ -259,7 +262,7 @@ impl<'a> Supervisor<'a> {
     fn start_ranks(&mut self) {
         self.enter(RunPhase::Preflight);
         self.publish();
-        if let Err(error) = self.ranks.start(self.members.len(), self.address, self.status.attempt) {
+        if let Err(error) = self.ranks.start(self.members.len(), &self.addresses, self.status.attempt) {
             let mut fault = Fault::new(None, Exit::Internal, "cannot start the ranks");
             fault.error.extend(error.chain().map(ToString::to_string));
             self.fail_now(fault);
@@ -271,7 +274,7 @@ impl<'a> Supervisor<'a> {
     fn take(&mut self, input: Input) {
         match input {
             Input::Signal(signal) => self.signalled(signal),
-            Input::Arrival(Arrival::Hello { hello, link }) => self.introduced(hello, link),
+            Input::Arrival(Arrival::Hello { hello, address, link }) => self.introduced(hello, address, link),
             Input::Arrival(Arrival::Closed { rank }) => self.members[rank].closed(),
             Input::Arrival(Arrival::Message { rank, message }) => {
                 self.members[rank].heard = Instant::now();
@@ -280,7 +283,7 @@ impl<'a> Supervisor<'a> {
         }
     }
 
-    fn introduced(&mut self, hello: Hello, link: Link) {
+    fn introduced(&mut self, hello: Hello, address: Result<SocketAddr, String>, link: Link) {
         let rank = hello.rank;
         let who = format!("rank {rank} (host {}, pid {})", hello.process.host, hello.process.pid);
         let difference = self.identity.difference(&hello.identity);
@@ -306,8 +309,15 @@ impl<'a> Supervisor<'a> {
             // It missed the call to stop.
             _ = link.send(&Down::Stop);
         }
-        member.introduce(hello, link);
+        let unreachable = address.as_ref().err().filter(|_| !hello.addresses.is_empty()).cloned();
+        member.introduce(hello, address.ok(), link);
         self.changed = true;
+        if let Some(tried) = unreachable {
+            let mut fault = Fault::new(Some(rank), Exit::Rendezvous, format!("{who} cannot be reached from this host"));
+            fault.error.push(tried);
+            fault.hints.push(NETWORK_HINT.into());
+            self.fail(fault);
+        }
     }
 
     fn told(&mut self, rank: usize, message: Up) {
@@ -428,6 +438,14 @@ impl<'a> Supervisor<'a> {
                 }
             };
             self.fail(fault);
+        }
+        for (rank, exit, how) in self.ranks.refused() {
+            // A rank that is connected tells more itself.
+            if self.members[rank].link.is_none() {
+                let mut fault = Fault::new(Some(rank), exit, format!("{} could not be started", self.name(rank)));
+                fault.error.push(how);
+                self.fail(fault);
+            }
         }
         if let Some(how) = self.ranks.collapse() {
             self.collapsed = Some((now, how));

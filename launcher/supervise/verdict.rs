@@ -119,6 +119,7 @@ impl Verdict {
             exit: self.exit,
             exit_code: self.exit.map_or(0, |exit| exit as u8),
             cause: self.text(),
+            hints: self.hints.clone(),
             rank: self.rank,
             crashed: self.crashed,
         }

@@ -7,7 +7,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::accept;
+use super::{WireError, accept};
 
 /// How long an acceptor waits for a peer that has connected to prove itself.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -74,6 +74,8 @@ impl Acceptor {
                 match accept(stream, &terms.secret, terms.label, &terms.hello, deadline) {
                     // Fails when the acceptor is gone; then nobody wants the connection.
                     Ok(accepted) => drop(sender.send(accepted)),
+                    // Somebody only looked whether this port can be reached.
+                    Err(WireError::Closed) => {}
                     Err(error) => tracing::warn!(%peer, %error, "refused a connection"),
                 }
             })?;
