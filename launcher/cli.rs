@@ -78,6 +78,8 @@ pub enum Command {
     Batch(BatchArgs),
     /// Measure the engine alone on this host: prefill and decode, beside what the machine can do at most
     Bench(BenchArgs),
+    /// Check this host and its devices, and say how to cure what is wrong
+    Doctor(DoctorArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
     /// Print the version and what this build can do
@@ -564,6 +566,23 @@ pub struct BenchArgs {
 #[derive(Clone, Debug, Args)]
 pub struct CompletionsArgs {
     pub shell: clap_complete::Shell,
+}
+
+#[derive(Clone, Debug, Args)]
+#[command(
+    after_help = "Run it on a login node, or on a compute node with srun. The exit code is 0 without a critical finding, 23 if a
+device has one, 11 if only the host has."
+)]
+pub struct DoctorArgs {
+    /// Profile of the runs that this host shall take part in; without one, devices are shown but not asked for
+    #[arg(long, value_name = "PROFILE")]
+    pub profile: Option<String>,
+    /// Cluster file that says where runs live
+    #[arg(long, value_name = "CLUSTER")]
+    pub cluster: Option<String>,
+    /// Print one JSON object on stdout
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Clone, Debug, Args)]

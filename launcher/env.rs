@@ -21,6 +21,8 @@ pub const TOKEN_FILE: &str = "NEMOTRON_TOKEN_FILE";
 pub const TIMEOUT: &str = "NEMOTRON_TIMEOUT";
 /// Rank of a worker.
 pub const RANK: &str = "NEMOTRON_RANK";
+/// Which devices CUDA shows to a process, and in which order.
+pub const VISIBLE_DEVICES: &str = "CUDA_VISIBLE_DEVICES";
 /// Attempt that a worker belongs to.
 pub const ATTEMPT: &str = "NEMOTRON_ATTEMPT";
 /// Addresses at which the supervisor of a worker may be reached, separated by commas.

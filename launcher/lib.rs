@@ -20,6 +20,7 @@ pub mod env;
 mod events;
 pub mod fabric;
 pub mod hardware;
+mod health;
 pub mod host;
 pub mod job_file;
 pub mod keys;
@@ -90,6 +91,7 @@ fn run(command: Command) -> Outcome {
         Command::Serve(args) => commands::serve::run(&args),
         Command::Batch(args) => commands::batch::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
+        Command::Doctor(args) => commands::doctor::run(&args),
         Command::Completions(args) => commands::completions::run(&args),
         Command::Version(args) => commands::version::run(&args),
         Command::Supervise(args) => commands::supervise::run(&args),

@@ -34,6 +34,14 @@ pub struct RunSpec {
     pub site: Option<Site>,
 }
 
+impl RunSpec {
+    /// Which rank of its host a rank is, and so which of its devices it uses.
+    pub fn local_rank(&self, rank: usize) -> usize {
+        let per_host = self.site.as_ref().map_or(self.mesh.world_size(), |site| site.devices_per_node);
+        rank % per_host.max(1)
+    }
+}
+
 /// What the run is for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]

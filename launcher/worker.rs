@@ -15,7 +15,7 @@ use nemotron_engine::chat::ChatTemplate;
 use nemotron_engine::checkpoint;
 use nemotron_engine::engine::Engine;
 use nemotron_engine::job::{Job, JobError, JobProgress, Journal, JournalOptions};
-use nemotron_engine::rank::{self, EngineError, ModelSource, Peers, Rank, RankSpec};
+use nemotron_engine::rank::{self, Device, EngineError, ModelSource, Peers, Rank, RankSpec};
 use nemotron_engine::report::{Phase, Reporter};
 use nemotron_engine::serve::{self, ServeOptions};
 use nemotron_engine::tokenizer::Tokenizer;
@@ -25,7 +25,8 @@ use nix::unistd::{dup2_stderr, dup2_stdout, getppid};
 use tokio::sync::watch;
 
 use crate::cli::WorkerArgs;
-use crate::env::Environment;
+use crate::env::{self, Environment};
+use crate::health::devices;
 use crate::job_file::load_job;
 use crate::local::SUPERVISOR_PID;
 use crate::model;
@@ -290,9 +291,10 @@ impl Member<'_> {
         drain: watch::Receiver<bool>,
     ) -> Outcome {
         self.post.phase(Phase::Preflight);
-        if let Some(site) = &self.spec.site
-            && self.rank.is_multiple_of(site.devices_per_node)
-        {
+        if self.spec.device == Device::Cuda {
+            self.preflight_device()?;
+        }
+        if self.spec.site.is_some() && self.spec.local_rank(self.rank) == 0 {
             // The first rank of a node looks for all of its node.
             preflight::model(&self.spec.model)?;
             preflight::folder(self.run_dir.path(), "login.run_root")?;
@@ -310,6 +312,26 @@ impl Member<'_> {
             (Rank::Follower(follower), None) => Ok(follower.run()?),
             _ => Err(Failure::msg(Exit::Internal, "rank 0 and only rank 0 leads")),
         }
+    }
+
+    /// The device is fit; when the driver says later that it is lost, this rank ends.
+    fn preflight_device(&self) -> Outcome {
+        let environment = Environment::of_process();
+        let visible = environment.get(env::VISIBLE_DEVICES).map(str::to_owned);
+        devices::of_rank(self.spec, self.rank, visible.as_deref())?;
+        let (ordinal, post) = (self.spec.local_rank(self.rank), Arc::clone(self.post));
+        let watch = move || {
+            if let Some(failure) = devices::watch(ordinal, visible.as_deref()) {
+                let exit = failure.exit;
+                failure.print(false);
+                post.end(&Err(failure));
+                // Nothing that waits for the device would ever return.
+                std::thread::sleep(FAREWELL);
+                std::process::exit(exit as i32);
+            }
+        };
+        std::thread::Builder::new().name("device watch".into()).spawn(watch).context("cannot start a thread")?;
+        Ok(())
     }
 
     fn rank_spec(&self) -> RankSpec {

@@ -6,6 +6,7 @@ mod batch;
 mod bench;
 mod cli;
 mod docs;
+mod doctor;
 mod local;
 mod render;
 mod resume;
