@@ -540,9 +540,12 @@ pub struct BatchArgs {
 
 #[derive(Clone, Debug, Args)]
 pub struct BenchArgs {
-    /// Directory of a checkpoint, or `builtin`
-    #[arg(default_value = "builtin")]
-    pub model: String,
+    /// Directory of a checkpoint, or `builtin` [default: builtin]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<String>,
+    /// The same without the flag
+    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    pub model_argument: Option<String>,
     /// Threads that compute [default: all cores]
     #[arg(long, value_name = "N")]
     pub threads: Option<std::num::NonZeroUsize>,

@@ -5,8 +5,20 @@ use super::support::{finish, nemotron};
 #[test]
 fn bench_reports_every_figure() {
     let home = tempfile::tempdir().unwrap();
-    let arguments =
-        ["bench", "builtin", "--json", "--threads", "1", "--prompt-tokens", "64", "--batch", "1", "--batch", "3"];
+    let arguments = [
+        "bench",
+        "--model",
+        "builtin",
+        "--json",
+        "--threads",
+        "1",
+        "--prompt-tokens",
+        "64",
+        "--batch",
+        "1",
+        "--batch",
+        "3",
+    ];
     let (code, stdout, stderr) = finish(nemotron(home.path()).args(arguments));
     assert_eq!(code, 0, "{stderr}");
     let measured: serde_json::Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();

@@ -66,8 +66,9 @@ impl Reporter for Silent {
 
 pub(crate) fn run(args: &BenchArgs) -> Outcome {
     let start = Instant::now();
-    let Model::Source(model) = Model::find(&args.model, &Environment::of_process())? else {
-        return Err(Failure::msg(Exit::Checkpoint, format!("{} is an architecture, not a checkpoint", args.model)));
+    let name = args.model.as_ref().or(args.model_argument.as_ref()).map_or("builtin", String::as_str);
+    let Model::Source(model) = Model::find(name, &Environment::of_process())? else {
+        return Err(Failure::msg(Exit::Checkpoint, format!("{name} is an architecture, not a checkpoint")));
     };
     let dtype = if args.dtype == "f32" { ComputeType::F32 } else { ComputeType::Bf16 };
     let threads = match args.threads {
