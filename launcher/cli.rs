@@ -93,7 +93,7 @@ pub enum Command {
 }
 
 /// What runs, on what: shared by `launch`, `plan`, `serve` and `batch`.
-#[derive(Clone, Debug, Default, Args)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
 #[command(next_help_heading = "Model and devices")]
 pub struct EngineArgs {
     /// Hardware profile: a name (see `nemotron profiles list`) or a .toml file
@@ -138,10 +138,25 @@ pub struct EndpointOptions {
     /// Answer invalid requests with status 400 instead of NeMo's 200
     #[arg(long)]
     pub strict: bool,
+    /// End after so long without a request (`90`, `90s`, `5m`, `2h`); 0 never
+    #[arg(long, value_name = "DURATION", value_parser = crate::seconds::parse)]
+    pub idle_timeout: Option<Duration>,
+}
+
+/// How far a run goes on by itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
+#[command(next_help_heading = "Going on")]
+pub struct ContinuationArgs {
+    /// Start again after a failure that another start may cure; those that the run is not to blame for are not counted
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub retries: Option<u32>,
+    /// Jobs of Slurm that may follow one whose time is over, until the rows are done
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub chain: Option<u32>,
 }
 
 /// What to ask Slurm for; the letters are those of sbatch.
-#[derive(Clone, Debug, Default, Args)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
 #[command(next_help_heading = "Slurm")]
 pub struct SlurmArgs {
     /// Account that is charged
@@ -183,6 +198,8 @@ pub struct LaunchArgs {
     pub endpoint: EndpointOptions,
     #[command(flatten)]
     pub slurm: SlurmArgs,
+    #[command(flatten)]
+    pub continuation: ContinuationArgs,
     /// Cluster: a name or a .toml file
     #[arg(long, value_name = "CLUSTER", help_heading = "Launching")]
     pub cluster: Option<String>,
@@ -399,14 +416,23 @@ pub struct CancelArgs {
     pub now: bool,
 }
 
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 #[command(
-    after_help = "Rows that are done are not generated again, and the output is byte for byte what an undisturbed run gives. Exit codes
-are those of `launch --job`."
+    after_help = "Rows that are done are not generated again, and the output is byte for byte what an undisturbed run gives, also with other
+devices, ranks or nodes. Flags replace what the run was launched with. Exit codes are those of `launch --job`."
 )]
 pub struct ResumeArgs {
     /// Name of a run, a unique prefix of it, or `latest`
     pub run: String,
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[command(flatten)]
+    pub slurm: SlurmArgs,
+    #[command(flatten)]
+    pub continuation: ContinuationArgs,
+    /// Return when the run has come so far; on Slurm only
+    #[arg(long, value_name = "PHASE")]
+    pub wait: Option<WaitFor>,
     /// Go on although input, job file or model have changed: rows that would now be others are generated again
     #[arg(long)]
     pub allow_changed: bool,

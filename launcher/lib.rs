@@ -11,6 +11,7 @@ use crate::cli::{Cli, Command, GlobalArgs};
 use crate::env::Environment;
 use crate::report::Outcome;
 
+mod attempts;
 pub mod cli;
 mod client;
 pub mod cluster;
@@ -45,6 +46,7 @@ pub mod spec;
 mod start;
 mod state;
 mod submit;
+mod summary;
 mod supervise;
 mod tail;
 mod worker;

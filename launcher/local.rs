@@ -86,6 +86,10 @@ impl Ranks for LocalRanks {
         Some(format!("host {}, pid {pid}", hostname()))
     }
 
+    fn node(&self, _rank: usize) -> Option<String> {
+        Some(hostname())
+    }
+
     fn any_left(&self) -> bool {
         self.children.iter().any(Option::is_some)
     }

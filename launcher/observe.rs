@@ -62,15 +62,14 @@ impl Observer {
     }
 
     fn ask(&mut self) -> Outcome<Answer> {
-        if self.job.is_none() {
-            self.job = match Job::of(&self.run_dir) {
-                Ok(job) => job,
-                Err(failure) if failure.exit == Exit::SchedulerSilent => {
-                    return Ok(Answer::Silent(failure.error.to_string()));
-                }
-                Err(failure) => return Err(failure),
-            };
-        }
+        // The run may have gone on with another job.
+        self.job = match Job::of(&self.run_dir) {
+            Ok(job) => job,
+            Err(failure) if failure.exit == Exit::SchedulerSilent => {
+                return Ok(Answer::Silent(failure.error.to_string()));
+            }
+            Err(failure) => return Err(failure),
+        };
         let Some(job) = &self.job else { return Ok(Answer::Gone(None)) };
         Ok(match job.look(BRIEF) {
             Ok(Some(queued)) if queued.state.is_end() => Answer::Gone(Some(queued.state)),
@@ -122,15 +121,7 @@ impl Observer {
                 status.url = None;
                 status.deadline = None;
                 status.eta_s = None;
-                let cause = Some(format!("{job} {how}; {silence}"));
-                status.end = Some(End {
-                    exit: Some(exit),
-                    exit_code: exit as u8,
-                    cause,
-                    hints: Vec::new(),
-                    rank: None,
-                    crashed: false,
-                });
+                status.end = Some(End::because(exit, &format!("{job} {how}; {silence}")));
             }
         }
     }

@@ -10,7 +10,32 @@ use crate::rundir::RunDir;
 use crate::slurm::env::Allocation;
 use crate::slurm::step::Step;
 
-/// The processes of a run's ranks. Dropping it ends them.
+/// Why a scheduler takes nodes back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Notice {
+    /// Somebody cancelled the job.
+    Cancelled,
+    TimeOver,
+    Preempted,
+    NodeFailure,
+    /// Somebody put the job back into the queue.
+    Requeued,
+}
+
+impl Notice {
+    /// For people.
+    pub(crate) fn words(self) -> &'static str {
+        match self {
+            Self::Cancelled => "the job was cancelled",
+            Self::TimeOver => "the time of the allocation is over",
+            Self::Preempted => "the scheduler gives the nodes to another job",
+            Self::NodeFailure => "the scheduler lost a node of the job",
+            Self::Requeued => "the job was put back into the queue",
+        }
+    }
+}
+
+/// The processes of a run's ranks, and who gave the nodes that they run on. Dropping it ends them.
 pub(crate) trait Ranks {
     /// Addresses of this host at which ranks may reach their supervisor, the likeliest first.
     fn meeting_points(&self) -> &[IpAddr];
@@ -23,6 +48,9 @@ pub(crate) trait Ranks {
 
     /// Where the rank is or must be, such as `host n042, pid 4711`.
     fn place(&self, rank: usize) -> Option<String>;
+
+    /// Its node, as the scheduler names it.
+    fn node(&self, rank: usize) -> Option<String>;
 
     fn any_left(&self) -> bool;
 
@@ -49,6 +77,36 @@ pub(crate) trait Ranks {
     /// A scheduler ends ranks when it ends the supervisor, and signals them by itself.
     fn are_scheduled(&self) -> bool {
         false
+    }
+
+    /// Until the scheduler takes the nodes back, if it does and can be asked.
+    fn time_left(&self) -> Option<Duration> {
+        None
+    }
+
+    /// Why the scheduler has begun to end the ranks.
+    fn notice(&self) -> Option<Notice> {
+        None
+    }
+
+    /// The scheduler starts the job again by itself.
+    fn is_requeued(&self) -> bool {
+        false
+    }
+
+    /// All nodes work, as far as the scheduler knows.
+    fn are_nodes_up(&self) -> bool {
+        true
+    }
+
+    /// Submits the job that goes on when this one has ended, away from some nodes if that is possible. Its id.
+    fn submit_successor(&self, _avoid: &[String]) -> Outcome<u64> {
+        Err(Failure::msg(Exit::Internal, "there is no scheduler"))
+    }
+
+    /// Puts this job back into the queue, which ends this process.
+    fn requeue(&self) -> Outcome {
+        Err(Failure::msg(Exit::Internal, "there is no scheduler"))
     }
 }
 

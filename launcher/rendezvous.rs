@@ -135,8 +135,8 @@ impl RankEnd {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub(crate) enum Down {
-    /// Everybody is here; one address per rank.
-    Peers { addresses: Vec<SocketAddr> },
+    /// Everybody is here; one address per rank. `seconds_left` is the time for a job's rows: no point in time, as hosts' clocks differ.
+    Peers { addresses: Vec<SocketAddr>, seconds_left: Option<f64> },
     /// Rank 0: take nothing more in, finish what runs, then end.
     Drain,
     /// End at once.

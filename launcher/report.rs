@@ -38,8 +38,64 @@ pub enum Exit {
     Terminated = 143,
 }
 
+/// What another start of the ranks is worth after an attempt that ended with a code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retry {
+    /// It would end the same way, or nobody wants it.
+    Never,
+    /// As if by chance: if it happens again, it is no chance.
+    Once,
+    /// As often as `--retries` says.
+    Counted,
+    /// The run is not to blame: as long as it gets on.
+    Free,
+}
+
+/// What an ended attempt proves about the nodes that its cause names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blame {
+    Nothing,
+    Suspect,
+    Unhealthy,
+}
+
 impl Exit {
-    /// Whether a job that ended so can go on from its journal.
+    /// The column "retry" of the documented table.
+    pub fn retry(self) -> Retry {
+        match self {
+            Self::Internal
+            | Self::Deadline
+            | Self::Rendezvous
+            | Self::Communication
+            | Self::NoProgress
+            | Self::OutputStorage => Retry::Counted,
+            Self::DeviceUnhealthy | Self::RankLost | Self::Resumable => Retry::Free,
+            Self::Numerical => Retry::Once,
+            Self::Usage
+            | Self::DoesNotFit
+            | Self::Preflight
+            | Self::SchedulerRefused
+            | Self::SchedulerSilent
+            | Self::Checkpoint
+            | Self::OutOfMemory
+            | Self::TooManyFailedRows
+            | Self::AttemptsWithoutProgress
+            | Self::WaitTimedOut
+            | Self::Interrupted
+            | Self::Terminated => Retry::Never,
+        }
+    }
+
+    /// The same column: whether the node is suspect or to be avoided.
+    pub fn blame(self) -> Blame {
+        match self {
+            Self::DeviceUnhealthy => Blame::Unhealthy,
+            Self::Rendezvous | Self::Communication | Self::RankLost => Blame::Suspect,
+            _ => Blame::Nothing,
+        }
+    }
+
+    /// Whether a job that ended so can go on from its journal when its user wants it.
     pub fn is_resumable(self) -> bool {
         !matches!(
             self,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nemotron_engine::rank::ModelSource;
 
-use crate::cli::{BatchArgs, LaunchArgs, RenderArgs, ServeArgs};
+use crate::cli::{BatchArgs, ContinuationArgs, LaunchArgs, RenderArgs, ResumeArgs, ServeArgs, SlurmArgs};
 use crate::cluster::{self, Site};
 use crate::env::Environment;
 use crate::host::Host;
@@ -17,7 +17,7 @@ use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::check_name;
 use crate::seconds;
 use crate::settings::{Selection, Settings};
-use crate::spec::{Deadlines, RunSpec, Task};
+use crate::spec::{Continuation, Deadlines, RunSpec, Task};
 
 /// A run that can be started.
 #[derive(Clone, Debug)]
@@ -42,12 +42,75 @@ pub fn launch(args: &LaunchArgs, environment: &Environment, host: &Host) -> Outc
         endpoint: Some(&args.endpoint),
         cluster: args.cluster.as_deref(),
         slurm: Some(&args.slurm),
+        continuation: Some(&args.continuation),
         job: args.task.job.as_deref(),
         default_profile: None,
     };
     let mut resolved = resolve(&selection, None, environment, host)?;
     resolved.spec.name = args.name.clone().unwrap_or_default();
     Ok(resolved)
+}
+
+/// What `resume` starts: the run as it was, but for what the arguments name; `None` if they name nothing.
+///
+/// # Errors
+/// As for [`launch`].
+pub fn resume(args: &ResumeArgs, spec: &RunSpec, environment: &Environment, host: &Host) -> Outcome<Option<RunSpec>> {
+    let none = ResumeArgs::default();
+    if (&args.engine, &args.slurm, &args.continuation) == (&none.engine, &none.slurm, &none.continuation) {
+        return Ok(None);
+    }
+    let Task::Job { file, limit, overrides, deadline_s } = &spec.task else { return Ok(None) };
+    let mut engine = args.engine.clone();
+    let mut before = overrides.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>();
+    before.extend(deadline_s.map(|seconds| format!("job.deadline={seconds}")));
+    let limits = &spec.limits;
+    // Another profile has its own sizes.
+    if engine.profile.is_none() {
+        let kv_tokens = limits.num_pages * limits.page_tokens;
+        before.push(format!("limits.kv_tokens={kv_tokens}"));
+        engine.tp = engine.tp.or(engine.pp.is_none().then(|| u32::try_from(spec.mesh.tp).ok()).flatten());
+        engine.pp = engine.pp.or(args.engine.tp.is_none().then(|| u32::try_from(spec.mesh.pp).ok()).flatten());
+    }
+    before.push(format!("limits.max_sequences={}", limits.max_sequences));
+    engine.set = before.into_iter().chain(args.engine.set.iter().cloned()).collect();
+    engine.profile = engine.profile.or_else(|| Some(spec.profile.clone()));
+    engine.model = engine.model.or_else(|| match &spec.model {
+        ModelSource::Builtin => Some("builtin".into()),
+        ModelSource::Path(path) => Some(path.display().to_string()),
+    });
+    // Rows depend on these two.
+    engine.device = engine.device.or_else(|| Some(format!("{:?}", spec.device).to_lowercase()));
+    engine.dtype = engine.dtype.or_else(|| Some(format!("{:?}", spec.dtype).to_lowercase()));
+    let mut slurm = args.slurm.clone();
+    if let Some(site) = &spec.site {
+        let keep = |given: Option<String>, before: &Option<String>| given.or_else(|| before.clone());
+        slurm = SlurmArgs {
+            account: keep(slurm.account, &site.account),
+            partition: keep(slurm.partition, &site.partition),
+            qos: keep(slurm.qos, &site.qos),
+            time: slurm.time.or(site.time()),
+            constraint: keep(slurm.constraint, &site.constraint),
+            reservation: keep(slurm.reservation, &site.reservation),
+            nodelist: keep(slurm.nodelist, &site.nodelist),
+            exclude: keep(slurm.exclude, &site.exclude),
+        };
+    }
+    let continuation = ContinuationArgs {
+        retries: args.continuation.retries.or(Some(spec.continuation.retries).filter(|&count| count > 0)),
+        chain: args.continuation.chain.or(Some(spec.continuation.chain).filter(|&count| count > 0)),
+    };
+    let selection = Selection {
+        engine: Some(&engine),
+        cluster: Some(&spec.cluster),
+        slurm: Some(&slurm),
+        continuation: Some(&continuation),
+        job: Some(file),
+        ..Selection::default()
+    };
+    let mut resumed = resolve(&selection, *limit, environment, host)?.spec;
+    resumed.name = spec.name.clone();
+    Ok(Some(resumed))
 }
 
 /// What `serve` would start.
@@ -91,7 +154,7 @@ pub fn render(args: &RenderArgs, environment: &Environment, host: &Host) -> Outc
         cluster: args.cluster.as_deref(),
         slurm: Some(&args.slurm),
         job: args.task.job.as_deref(),
-        default_profile: None,
+        ..Selection::default()
     };
     let weights = |model| match model {
         Model::Source(source) => Ok(source),
@@ -153,6 +216,7 @@ fn resolve_with(
         limits: plan.limits,
         task,
         deadlines: deadlines(&settings, &plan),
+        continuation: continuation(&settings),
         site,
     };
     Ok(Resolved { spec, run_root: run_root(&settings, environment)?, plan, job, settings })
@@ -170,6 +234,11 @@ fn serve_task(settings: &Settings, environment: &Environment) -> Outcome<Task> {
         no_auth,
         token_file: token_file.filter(|_| !no_auth),
         strict: settings.flag("serve.strict"),
+        idle_s: match settings.duration("serve.idle_timeout").map(|limit| limit.as_secs_f64()) {
+            // Devices of a cluster are not to be held over night for nobody.
+            None => (!local).then_some(1800.0),
+            given => given.filter(|&limit| limit > 0.0),
+        },
     };
     match &task {
         Task::Serve { token_file: Some(file), .. } if !file.is_file() => {
@@ -188,6 +257,11 @@ fn parse_host(text: &str) -> Outcome<IpAddr> {
                 .hint("listen on 127.0.0.1 for this machine alone, on 0.0.0.0 for all that can reach it")
         }),
     }
+}
+
+fn continuation(settings: &Settings) -> Continuation {
+    let count = |key| settings.count(key).map_or(0, |count| u32::try_from(count).unwrap_or(u32::MAX));
+    Continuation { retries: count("continue.retries"), chain: count("continue.chain") }
 }
 
 fn deadlines(settings: &Settings, plan: &Plan) -> Deadlines {
@@ -259,8 +333,14 @@ mod tests {
         assert_eq!((spec.profile.as_str(), spec.cluster.as_str(), spec.name.as_str()), ("cpu", "local", ""));
         assert_eq!((spec.model.clone(), spec.device, spec.threads), (ModelSource::Builtin, Device::Cpu, 8));
         assert_eq!((spec.limits.max_step_tokens, spec.limits.page_tokens, spec.limits.max_sequences), (512, 16, 256));
-        let task =
-            Task::Serve { host: [127, 0, 0, 1].into(), port: 1424, no_auth: false, token_file: None, strict: false };
+        let task = Task::Serve {
+            host: [127, 0, 0, 1].into(),
+            port: 1424,
+            no_auth: false,
+            token_file: None,
+            strict: false,
+            idle_s: None,
+        };
         assert_eq!(spec.task, task);
         assert_eq!(run_root, dir.path().join(".local/share/nemotron/runs"));
         assert!(job.is_none());
@@ -274,7 +354,8 @@ mod tests {
         let line = "nemotron launch --profile cpu --serve --host 0.0.0.0 --port 0 --tp 2 --pp 2 --token-file token --strict --name n";
         let Resolved { spec, run_root, .. } = resolve(line, &[("NEMOTRON_RUN_ROOT", "runs")], dir.path()).unwrap();
         let token_file = Some(dir.path().join("token"));
-        let task = Task::Serve { host: [0, 0, 0, 0].into(), port: 0, no_auth: false, token_file, strict: true };
+        let task =
+            Task::Serve { host: [0, 0, 0, 0].into(), port: 0, no_auth: false, token_file, strict: true, idle_s: None };
         assert_eq!((spec.task, spec.name.as_str(), spec.threads), (task, "n", 2));
         assert_eq!(run_root, dir.path().join("runs"));
     }

@@ -62,8 +62,7 @@ impl RunDir {
             file.write_all(token.as_bytes())?;
             run_dir.make_attempt(0)?;
             // Last, because a directory without it is no run yet.
-            write_atomic(&run_dir.lock_file(), toml::to_string(&*spec)?.as_bytes())?;
-            Ok(())
+            run_dir.write_spec(spec)
         };
         fill().with_context(|| format!("cannot fill the run directory {}", run_dir.path.display()))?;
         Ok(run_dir)
@@ -184,9 +183,19 @@ impl RunDir {
         self.path.join("journal")
     }
 
-    /// How an attempt ended: written by its supervisor, if that lived to see it.
-    pub(crate) fn end_file(&self, attempt: u32) -> PathBuf {
-        self.attempt(attempt).join("end.json")
+    /// When and how an attempt began and ended: [`crate::attempts::Attempt`].
+    pub(crate) fn attempt_file(&self, attempt: u32) -> PathBuf {
+        self.attempt(attempt).join("attempt.json")
+    }
+
+    /// There when somebody asked for the attempt.
+    pub(crate) fn resumed_file(&self, attempt: u32) -> PathBuf {
+        self.attempt(attempt).join("resumed")
+    }
+
+    /// [`Self::report_file`] for people.
+    pub(crate) fn report_text_file(&self) -> PathBuf {
+        self.path.join("REPORT.md")
     }
 
     /// There when the attempt may go on although the job has changed.
@@ -212,6 +221,11 @@ impl RunDir {
     /// The number of the newest attempt.
     pub(crate) fn last_attempt(&self) -> u32 {
         (0..).take_while(|&attempt| self.attempt(attempt).is_dir()).last().unwrap_or(0)
+    }
+
+    /// Replaces what the run is; no attempt of it may be going on.
+    pub(crate) fn write_spec(&self, spec: &RunSpec) -> anyhow::Result<()> {
+        Ok(write_atomic(&self.lock_file(), toml::to_string(spec)?.as_bytes())?)
     }
 
     pub(crate) fn spec(&self) -> Outcome<RunSpec> {

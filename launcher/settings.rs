@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use toml::Value;
 
-use crate::cli::{EndpointOptions, EngineArgs, SlurmArgs};
+use crate::cli::{ContinuationArgs, EndpointOptions, EngineArgs, SlurmArgs};
 use crate::config_file::{Document, nearest, unknown};
 use crate::env::Environment;
 use crate::job_file::{self, Overrides};
@@ -55,6 +55,7 @@ pub struct Selection<'a> {
     pub endpoint: Option<&'a EndpointOptions>,
     pub cluster: Option<&'a str>,
     pub slurm: Option<&'a SlurmArgs>,
+    pub continuation: Option<&'a ContinuationArgs>,
     pub job: Option<&'a Path>,
     /// The profile when no layer names one.
     pub default_profile: Option<&'static str>,
@@ -290,6 +291,11 @@ fn flag_layer(selection: &Selection<'_>) -> Layer {
         put("no_auth", token_file.is_some().then_some(Value::Boolean(false)));
         put("token_file", token_file);
         put("strict", endpoint.strict.then_some(Value::Boolean(true)));
+        put("idle_timeout", endpoint.idle_timeout.map(|limit| Value::from(limit.as_secs_f64())));
+    }
+    if let Some(continuation) = selection.continuation {
+        put("retries", continuation.retries.map(Value::from));
+        put("chain", continuation.chain.map(Value::from));
     }
     layer
 }

@@ -29,6 +29,8 @@ pub struct RunSpec {
     pub limits: Limits,
     pub task: Task,
     pub deadlines: Deadlines,
+    #[serde(default)]
+    pub continuation: Continuation,
     /// What Slurm is asked for; `None` without Slurm.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub site: Option<Site>,
@@ -55,6 +57,9 @@ pub enum Task {
         /// Holds the bearer token; `None` uses the run's own `token` file.
         token_file: Option<PathBuf>,
         strict: bool,
+        /// Seconds without a request after which it ends; `None` waits for ever.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        idle_s: Option<f64>,
     },
     Job {
         /// Absolute.
@@ -68,6 +73,16 @@ pub enum Task {
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
         overrides: BTreeMap<String, toml::Value>,
     },
+}
+
+/// How far a run goes on by itself; what it may do is [`crate::report::Exit::retry`]'s to say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Continuation {
+    /// Starts after failures that count. With none, no failure is answered by another start.
+    pub retries: u32,
+    /// Jobs of Slurm that may follow one whose time is over.
+    pub chain: u32,
 }
 
 /// How long each phase may take.
@@ -118,6 +133,7 @@ pub(crate) mod testing {
                 no_auth: false,
                 token_file: None,
                 strict: false,
+                idle_s: None,
             },
             deadlines: Deadlines {
                 preflight: seconds(20),
@@ -129,6 +145,7 @@ pub(crate) mod testing {
                 progress: seconds(20),
                 storage: seconds(20),
             },
+            continuation: Continuation::default(),
             site: None,
         }
     }

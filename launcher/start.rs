@@ -57,7 +57,7 @@ pub(crate) fn attend(run_dir: &RunDir, attempt: u32, job_output: Option<&Path>, 
         let token = token.map_or_else(|| "no token needed".into(), |file| format!("token in {}", file.display()));
         narrate(&format!("run {}, {token}", announced.name()));
     };
-    let status = supervise(run_dir, attempt, Box::new(on_ready))?;
+    let status = supervise(run_dir, Box::new(on_ready))?;
     if let (Some(progress), Some(output_file)) = (status.job, job_output) {
         if output == Output::Json {
             print_json(&json!({
@@ -106,7 +106,8 @@ pub(crate) fn detach(run_dir: &RunDir, attempt: u32) -> Outcome {
         .stderr(log)
         .spawn()
         .context("cannot start the supervisor")?;
-    let has_begun = |status: &Status| status.attempt == attempt && status.supervisor.is_some();
+    let has_begun =
+        |status: &Status| status.attempt >= attempt && (status.supervisor.is_some() || status.phase.is_end());
     while !has_begun(&Status::of(run_dir)?) {
         if let Some(status) = supervisor.try_wait().context("cannot wait for the supervisor")? {
             return Err(Failure::msg(Exit::Internal, format!("the supervisor ended at once ({status})"))

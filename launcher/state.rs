@@ -10,11 +10,11 @@ use nemotron_engine::job::JobProgress;
 use nemotron_engine::report::Phase;
 use serde::{Deserialize, Serialize};
 
-use crate::events::{Event, Journal, now};
+use crate::events::now;
 use crate::observe::Observer;
 use crate::process::ProcessId;
 use crate::report::{Exit, Failure, Outcome};
-use crate::rundir::{RunDir, read_json, write_json};
+use crate::rundir::{RunDir, read_json};
 use crate::spec::{RunSpec, Task};
 
 /// Where a run is on its way.
@@ -107,6 +107,9 @@ pub(crate) struct Status {
     pub(crate) job: Option<JobProgress>,
     /// Seconds until the job is done, if it goes on like this.
     pub(crate) eta_s: Option<f64>,
+    /// When the scheduler takes the nodes back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) until: Option<Timestamp>,
     /// What the scheduler adds; never in the file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) note: Option<String>,
@@ -139,9 +142,32 @@ pub(crate) struct End {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) hints: Vec<String>,
     pub(crate) rank: Option<usize>,
+    /// Where it went wrong, as the scheduler names them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) nodes: Vec<String>,
     /// The engine itself broke, perhaps over a row.
     #[serde(default)]
     pub(crate) crashed: bool,
+}
+
+impl End {
+    /// Of something that could not say how it ended.
+    pub(crate) fn lost(cause: &str) -> Self {
+        Self::because(Exit::RankLost, cause)
+    }
+
+    pub(crate) fn because(exit: Exit, cause: &str) -> Self {
+        let cause = Some(cause.to_owned());
+        Self {
+            exit: Some(exit),
+            exit_code: exit as u8,
+            cause,
+            hints: Vec::new(),
+            rank: None,
+            nodes: Vec::new(),
+            crashed: false,
+        }
+    }
 }
 
 /// Where a serving run answers.
@@ -155,25 +181,6 @@ pub(crate) struct Endpoint {
     pub(crate) pid: i32,
     pub(crate) host: String,
     pub(crate) attempt: u32,
-}
-
-/// What a run was, once it is over.
-#[derive(Debug, Serialize)]
-pub(crate) struct Report<'a> {
-    pub(crate) schema: u32,
-    pub(crate) run: &'a str,
-    pub(crate) attempt: u32,
-    /// DONE, FAILED or CANCELLED.
-    pub(crate) outcome: RunPhase,
-    pub(crate) exit_code: u8,
-    pub(crate) cause: Option<&'a str>,
-    pub(crate) started: Timestamp,
-    pub(crate) ended: Timestamp,
-    pub(crate) phases: &'a [PhaseSpan],
-    pub(crate) ranks: &'a [RankStatus],
-    pub(crate) prompt_tokens: u64,
-    pub(crate) generated_tokens: u64,
-    pub(crate) rows: Option<JobProgress>,
 }
 
 /// How long a phase took.
@@ -210,6 +217,7 @@ impl Status {
             tokens_per_second: 0.0,
             job: None,
             eta_s: None,
+            until: None,
             note: None,
             end: None,
         }
@@ -237,15 +245,7 @@ impl Status {
         self.url = None;
         self.deadline = None;
         self.eta_s = None;
-        let cause = Some("the supervisor is gone".into());
-        self.end = Some(End {
-            exit: Some(Exit::RankLost),
-            exit_code: Exit::RankLost as u8,
-            cause,
-            hints: Vec::new(),
-            rank: None,
-            crashed: false,
-        });
+        self.end = Some(End::lost("the supervisor is gone"));
     }
 
     /// The run's failure, if it has ended with one.
@@ -276,46 +276,6 @@ impl Endpoint {
         }
         Ok(read_json(&run_dir.endpoint_file())?)
     }
-}
-
-/// The final record of a run whose supervisor can write none.
-pub(crate) fn record_end(run_dir: &RunDir, phase: RunPhase, exit: Exit, cause: &str) -> Outcome {
-    let mut status = Status::of(run_dir)?;
-    status.phase = phase;
-    (status.url, status.deadline, status.eta_s) = (None, None, None);
-    (status.since, status.updated) = (now(), now());
-    let end = End {
-        exit: Some(exit),
-        exit_code: exit as u8,
-        cause: Some(cause.into()),
-        hints: Vec::new(),
-        rank: None,
-        crashed: false,
-    };
-    status.end = Some(end);
-    let report = Report {
-        schema: 1,
-        run: &status.run,
-        attempt: status.attempt,
-        outcome: status.phase,
-        exit_code: exit as u8,
-        cause: Some(cause),
-        started: status.started,
-        ended: status.since,
-        phases: &[],
-        ranks: &status.ranks,
-        prompt_tokens: status.stats.prompt_tokens,
-        generated_tokens: status.stats.generated_tokens,
-        rows: status.job,
-    };
-    let write = || -> std::io::Result<()> {
-        let mut event = Event::new("ended").phase(status.phase).text(cause);
-        event.exit_code = Some(exit as u8);
-        Journal::open(run_dir, status.attempt)?.write(event);
-        write_json(&run_dir.report_file(), &report)?;
-        write_json(&run_dir.status_file(), &status)
-    };
-    Ok(write().map_err(anyhow::Error::new)?)
 }
 
 /// The URL of a server bound to `address`, as this machine reaches it.

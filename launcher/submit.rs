@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 
+use crate::attempts;
 use crate::cluster::Site;
 use crate::env::Environment;
 use crate::events::{Event, Journal};
@@ -19,7 +20,7 @@ use crate::resolve::Resolved;
 use crate::rundir::{RunDir, write_atomic};
 use crate::slurm::job::{self, Job};
 use crate::slurm::parse;
-use crate::spec::Task;
+use crate::spec::{RunSpec, Task};
 use crate::state::Status;
 use crate::supervise::narrate;
 
@@ -79,8 +80,26 @@ pub(crate) fn submit(resolved: &mut Resolved, site: &Site, environment: &Environ
     let job = submitted?;
     let text = format!("job {}", job.id);
     // Without its first line the journal still serves.
-    _ = Journal::open(&run_dir, job.first_attempt).map(|mut journal| journal.write(Event::new("submitted").text(text)));
+    _ = Journal::open(&run_dir, 0).map(|mut journal| journal.write(Event::new("submitted").text(text)));
     Ok((run_dir, job))
+}
+
+/// Submits a run of which no attempt goes on once more; `changed` is what it is from now on, if that is not what it was.
+pub(crate) fn resume(run_dir: &RunDir, changed: Option<&RunSpec>, environment: &Environment) -> Outcome<Job> {
+    let spec = run_dir.spec()?;
+    let site = changed.unwrap_or(&spec).site.as_ref();
+    let site = site.ok_or_else(|| Failure::msg(Exit::Usage, "this run is not for Slurm"))?;
+    if let Some(changed) = changed {
+        let script = job_script(changed, site, run_dir.path(), &binary(site)?)?;
+        job::test(&script, &submission_environment(site, environment))?;
+        run_dir.write_spec(changed).context("cannot write run.lock.toml")?;
+        write_atomic(&run_dir.script_file(), script.as_bytes()).context("cannot write job.sbatch")?;
+    }
+    let avoid = attempts::avoided(&attempts::read(run_dir)?);
+    if !avoid.is_empty() {
+        narrate(&format!("not on {}, which earlier attempts blame", avoid.join(", ")));
+    }
+    job::submit_again(run_dir, site, Vec::new(), &avoid, environment)
 }
 
 fn fill(
@@ -101,7 +120,7 @@ fn fill(
     if let Some(secrets) = secrets {
         write_private(&run_dir.path().join(SECRETS_FILE), secrets).context("cannot write the secrets")?;
     }
-    job::submit(run_dir, &script, &variables)
+    job::submit(run_dir, &script, &[], &variables)
 }
 
 fn write_private(path: &Path, text: &str) -> std::io::Result<()> {

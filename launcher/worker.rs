@@ -24,6 +24,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{dup2_stderr, dup2_stdout, getppid};
 use tokio::sync::watch;
 
+use crate::attempts::{self, Attempt};
 use crate::cli::WorkerArgs;
 use crate::env::{self, Environment};
 use crate::health::devices;
@@ -37,16 +38,16 @@ use crate::rendezvous::{
     Down, Hello, Identity, Link, Messages, NETWORK_HINT, RankEnd, Up, connect, listen, own_addresses, run_key,
 };
 use crate::report::{Exit, Failure, Outcome};
-use crate::rundir::{RunDir, read_json, read_token};
+use crate::rundir::{RunDir, read_token};
 use crate::slurm;
 use crate::spec::{RunSpec, Task};
-use crate::state::{End, url_of};
+use crate::state::url_of;
 
 /// How often a rank says that it is alive, and how far.
 const HEARTBEAT: Duration = Duration::from_millis(500);
 
-/// How long a server may still tell its clients that the engine has failed.
-const LAST_ANSWERS: Duration = Duration::from_millis(200);
+/// How long rank 0 may still tell its clients that the engine has failed or is being stopped.
+const FAREWELL: Duration = Duration::from_millis(500);
 
 pub(crate) fn run(args: &WorkerArgs) -> Outcome {
     // Until the connection to the supervisor takes over this duty.
@@ -124,6 +125,8 @@ struct Post {
     steps: AtomicU64,
     engine: OnceLock<Engine>,
     job: Mutex<Option<JobProgress>>,
+    /// The supervisor wants the end.
+    stopped: AtomicBool,
     ended: AtomicBool,
 }
 
@@ -137,6 +140,7 @@ impl Post {
             steps: AtomicU64::new(0),
             engine: OnceLock::new(),
             job: Mutex::new(None),
+            stopped: AtomicBool::new(false),
             ended: AtomicBool::new(false),
         });
         let speaker = Arc::clone(&post);
@@ -203,12 +207,15 @@ impl Reporter for Post {
     }
 }
 
+/// Addresses by rank, and until when a job's rows may run.
+type Everybody = (Vec<SocketAddr>, Option<Instant>);
+
 /// The receiving side of the connection: as long as it stands, there is a supervisor.
 struct Lifeline {
     messages: Messages,
     /// Of rank 0: what must not outlive it.
     endpoint: Option<PathBuf>,
-    peers: Sender<Vec<SocketAddr>>,
+    peers: Sender<Everybody>,
     drain: watch::Sender<bool>,
     post: Arc<Post>,
 }
@@ -218,14 +225,19 @@ impl Lifeline {
         std::thread::Builder::new().name("lifeline".into()).spawn(move || {
             loop {
                 match self.messages.next() {
-                    Ok(Down::Peers { addresses }) => _ = self.peers.send(addresses),
+                    Ok(Down::Peers { addresses, seconds_left }) => {
+                        let left = seconds_left.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+                        _ = self.peers.send((addresses, left.map(|left| Instant::now() + left)));
+                    }
                     Ok(Down::Drain) => _ = self.drain.send_replace(true),
                     // After the last message this process is ending, and has an error to print.
                     Ok(Down::Stop) if self.post.ended.load(Ordering::Relaxed) => {}
                     Ok(Down::Stop) => {
                         if let Some(engine) = self.post.engine.get() {
+                            // The process ends by itself when all have been told.
+                            self.post.stopped.store(true, Ordering::Relaxed);
                             engine.abort("the run is being stopped");
-                            std::thread::sleep(LAST_ANSWERS);
+                            std::thread::sleep(2 * FAREWELL);
                         }
                         self.leave(0)
                     }
@@ -272,13 +284,10 @@ struct Member<'a> {
     ip: IpAddr,
 }
 
-/// How long a failed engine's server may take to tell its clients.
-const FAREWELL: Duration = Duration::from_millis(500);
-
 /// What rank 0 needs for its task; made before anything is loaded, so that mistakes show at once.
 enum Errand {
     Serve { port: Port, token: Option<String>, strict: bool, chat: ChatTemplate },
-    Job { job: Box<Job>, tokenizer: Tokenizer, journal: Box<Journal>, deadline: Option<Instant> },
+    Job { job: Box<Job>, tokenizer: Tokenizer, journal: Box<Journal> },
 }
 
 impl Member<'_> {
@@ -287,7 +296,7 @@ impl Member<'_> {
         &self,
         listener: TcpListener,
         secret: Vec<u8>,
-        peers: &Receiver<Vec<SocketAddr>>,
+        peers: &Receiver<Everybody>,
         drain: watch::Receiver<bool>,
     ) -> Outcome {
         self.post.phase(Phase::Preflight);
@@ -301,14 +310,14 @@ impl Member<'_> {
         }
         let errand = if self.rank == 0 { Some(self.preflight()?) } else { None };
         self.post.phase(Phase::Rendezvous);
-        let addresses = peers.recv().context("the lifeline has ended")?;
+        let (addresses, job_deadline) = peers.recv().context("the lifeline has ended")?;
         let deadline = Instant::now() + self.spec.deadlines.comm_init;
         let peers = (addresses.len() > 1).then_some(Peers { listener, addresses, secret, deadline });
         let reporter: Arc<dyn Reporter> = Arc::<Post>::clone(self.post);
         let rank = rank::start(&self.rank_spec(), peers, reporter)?;
         self.post.phase(Phase::Ready);
         match (rank, errand) {
-            (Rank::Leader(engine), Some(errand)) => self.lead(&engine, errand, drain),
+            (Rank::Leader(engine), Some(errand)) => self.lead(&engine, errand, job_deadline, drain),
             (Rank::Follower(follower), None) => Ok(follower.run()?),
             _ => Err(Failure::msg(Exit::Internal, "rank 0 and only rank 0 leads")),
         }
@@ -349,7 +358,7 @@ impl Member<'_> {
 
     fn preflight(&self) -> Outcome<Errand> {
         match &self.spec.task {
-            &Task::Serve { host, port, no_auth, ref token_file, strict } => {
+            &Task::Serve { host, port, no_auth, ref token_file, strict, idle_s: _ } => {
                 let token = match (no_auth, token_file) {
                     (true, _) => None,
                     (false, Some(file)) => {
@@ -365,8 +374,7 @@ impl Member<'_> {
                 let chat = chat.map_err(|error| Failure::new(Exit::Checkpoint, error))?;
                 Ok(Errand::Serve { port: Port::bind((host, port).into())?, token, strict, chat })
             }
-            Task::Job { file, limit, overrides, deadline_s } => {
-                let deadline = deadline_s.map(|seconds| Instant::now() + Duration::from_secs_f64(seconds));
+            Task::Job { file, limit, overrides, deadline_s: _ } => {
                 let job = load_job(file, overrides)?;
                 let folder = job.path.parent().unwrap_or(self.run_dir.path());
                 let checkpoint = checkpoint::open(&self.spec.model)?;
@@ -379,29 +387,32 @@ impl Member<'_> {
                 );
                 let job = Box::new(Job::load(&job.file, folder, *limit, &tokenizer)?);
                 let journal = Box::new(job.open_journal(self.journal(model)?)?);
-                Ok(Errand::Job { job, tokenizer, journal, deadline })
+                Ok(Errand::Job { job, tokenizer, journal })
             }
         }
     }
 
     fn journal(&self, model: String) -> Outcome<JournalOptions> {
         let (run_dir, attempt) = (self.run_dir, self.attempt);
-        let mut crashed = Vec::new();
-        for earlier in 0..attempt {
-            let end: Option<End> = read_json(&run_dir.end_file(earlier))?;
-            crashed.extend(end.is_some_and(|end| end.crashed).then_some(earlier));
-        }
+        let crashed = |attempt: &Attempt| attempt.end.as_ref().is_some_and(|end| end.crashed);
+        let earlier = attempts::read(run_dir)?.into_iter().filter(|earlier| earlier.attempt < attempt);
         Ok(JournalOptions {
             dir: run_dir.journal(),
             attempt,
             allow_changed: run_dir.allow_changed_file(attempt).exists(),
             model,
-            crashed,
+            crashed: earlier.filter(crashed).map(|earlier| earlier.attempt).collect(),
             patience: self.spec.deadlines.storage,
         })
     }
 
-    fn lead(&self, engine: &Engine, errand: Errand, mut drain: watch::Receiver<bool>) -> Outcome {
+    fn lead(
+        &self,
+        engine: &Engine,
+        errand: Errand,
+        deadline: Option<Instant>,
+        mut drain: watch::Receiver<bool>,
+    ) -> Outcome {
         _ = self.post.engine.set(engine.clone());
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
         let runtime = runtime.context("cannot start the threads that serve")?;
@@ -409,19 +420,18 @@ impl Member<'_> {
             // The sender lives as long as the process.
             _ = drain.wait_for(|&drain| drain).await;
         };
-        let failed = async {
-            let error = engine.failed().await;
-            tokio::time::sleep(FAREWELL).await;
-            error
-        };
         let outcome = runtime.block_on(async {
-            tokio::select! {
+            let mut errand = std::pin::pin!(self.run_errand(engine, errand, deadline, asked_to_drain));
+            let outcome = tokio::select! {
                 biased;
-                error = failed => Err(EngineError::Running(error).into()),
-                outcome = self.run_errand(engine, errand, asked_to_drain) => match engine.failure() {
-                    Some(error) => Err(EngineError::Running(error).into()),
-                    None => outcome,
-                },
+                outcome = &mut errand => outcome,
+                // Those that it serves are told by the errand itself.
+                _ = engine.failed() => tokio::time::timeout(FAREWELL, errand).await.unwrap_or(Ok(())),
+            };
+            match engine.failure() {
+                Some(_) if self.post.stopped.load(Ordering::Relaxed) => Ok(()),
+                Some(error) => Err(EngineError::Running(error).into()),
+                None => outcome,
             }
         });
         // Connections that idle clients hold open must not hold up the end.
@@ -433,6 +443,7 @@ impl Member<'_> {
         &self,
         engine: &Engine,
         errand: Errand,
+        deadline: Option<Instant>,
         asked_to_drain: impl Future<Output = ()> + Send + 'static,
     ) -> Outcome {
         match errand {
@@ -455,7 +466,7 @@ impl Member<'_> {
                 let served = serve::run(engine.clone(), tokenizer, options, over).await;
                 Ok(served.context("the server failed")?)
             }
-            Errand::Job { job, tokenizer, journal, deadline } => {
+            Errand::Job { job, tokenizer, journal } => {
                 self.post.say(Up::Ready { url: None });
                 let progress = |progress| *lock(&self.post.job) = Some(progress);
                 match job.run(engine, &tokenizer, *journal, deadline, &progress, asked_to_drain).await {

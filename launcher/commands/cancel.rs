@@ -10,7 +10,8 @@ use crate::rundir::{RunDir, find_run};
 use crate::slurm::client::PATIENCE;
 use crate::slurm::job::Job;
 use crate::start::POLL;
-use crate::state::{RunPhase, Status, record_end};
+use crate::state::{RunPhase, Status};
+use crate::summary::record_end;
 use crate::supervise::narrate;
 
 /// What a supervisor needs beyond the time for draining.

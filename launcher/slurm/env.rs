@@ -1,5 +1,7 @@
 //! The variables that Slurm sets, read once.
 
+use jiff::Timestamp;
+
 use crate::env::Environment;
 use crate::report::{Exit, Failure, Outcome};
 use crate::slurm::hostlist;
@@ -12,6 +14,8 @@ pub(crate) struct Allocation {
     pub(crate) nodes: Vec<String>,
     /// How often the job was started again.
     pub(crate) restarts: u32,
+    /// When the time limit comes, where Slurm says so (from 23.02 on).
+    pub(crate) end_time: Option<Timestamp>,
 }
 
 impl Allocation {
@@ -28,7 +32,9 @@ impl Allocation {
             Failure::new(Exit::Rendezvous, anyhow::Error::new(error).context(text))
         })?;
         let restarts = environment.get("SLURM_RESTART_COUNT").and_then(|count| count.parse().ok()).unwrap_or(0);
-        Ok(Some(Self { job_id: job_id.into(), nodes, restarts }))
+        let end_time = environment.get("SLURM_JOB_END_TIME").and_then(|seconds| seconds.parse().ok());
+        let end_time = end_time.and_then(|seconds| Timestamp::from_second(seconds).ok());
+        Ok(Some(Self { job_id: job_id.into(), nodes, restarts, end_time }))
     }
 }
 

@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
-use crate::render::submission_token;
+use crate::cluster::Site;
+use crate::env::Environment;
+use crate::render::{submission_environment, submission_token};
 use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::{RunDir, read_json, write_json};
 use crate::slurm::client::{BRIEF, PATIENCE, Request, SlurmError, arguments, ask};
@@ -18,8 +21,6 @@ const SEARCH: Duration = Duration::from_secs(60);
 pub(crate) struct Job {
     pub(crate) schema: u32,
     pub(crate) id: u64,
-    /// Attempt of the run that the job's first start is; each restart is the next one.
-    pub(crate) first_attempt: u32,
 }
 
 impl Job {
@@ -28,7 +29,7 @@ impl Job {
         if let Some(job) = Self::recorded(run_dir)? {
             return Ok(Some(job));
         }
-        let found = search(run_dir, BRIEF)?;
+        let found = search(run_dir, 0, BRIEF)?;
         found.map(|id| Self::record(run_dir, id)).transpose()
     }
 
@@ -38,7 +39,7 @@ impl Job {
     }
 
     fn record(run_dir: &RunDir, id: u64) -> Outcome<Self> {
-        let job = Self { schema: 1, id, first_attempt: run_dir.last_attempt() };
+        let job = Self { schema: 1, id };
         write_json(&run_dir.job_file(), &job).map_err(anyhow::Error::new)?;
         Ok(job)
     }
@@ -94,10 +95,17 @@ pub(crate) fn test(script: &str, environment: &[(String, String)]) -> Outcome<St
     Ok(answer.stderr.trim().trim_start_matches("sbatch: ").to_owned())
 }
 
-/// Submits the run's script. It happens at most once: when Slurm does not answer, the job is looked for, never submitted again.
-pub(crate) fn submit(run_dir: &RunDir, script: &str, environment: &[(String, String)]) -> Outcome<Job> {
+/// Submits the run's script, with options that go before its own. It happens at most once: when Slurm does not answer, the job is
+/// looked for, never submitted again.
+pub(crate) fn submit(
+    run_dir: &RunDir,
+    script: &str,
+    options: &[String],
+    environment: &[(String, String)],
+) -> Outcome<Job> {
     let request = Request { input: script, environment: Some(environment), limit: PATIENCE };
-    let silence = match ask("sbatch", &arguments(["--parsable"]), &request) {
+    let before = Job::recorded(run_dir)?.map_or(0, |job| job.id);
+    let silence = match ask("sbatch", &[&arguments(["--parsable"])[..], options].concat(), &request) {
         Ok(answer) => match parse::submitted(&answer.stdout) {
             Some(submitted) => return Job::record(run_dir, submitted.job),
             None => {
@@ -108,7 +116,7 @@ pub(crate) fn submit(run_dir: &RunDir, script: &str, environment: &[(String, Str
         Err(error) => return Err(explain(error)),
     };
     tracing::warn!(%silence, "the submission was not answered; looking for the job");
-    match search(run_dir, SEARCH) {
+    match search(run_dir, before, SEARCH) {
         Ok(Some(id)) => Job::record(run_dir, id),
         Ok(None) => Err(Failure::from(silence).hint("the job was not submitted")),
         Err(_) => Err(Failure::from(silence).hint(format!(
@@ -118,8 +126,30 @@ pub(crate) fn submit(run_dir: &RunDir, script: &str, environment: &[(String, Str
     }
 }
 
-/// The job with the run's token, by name; asked again until Slurm answers or the time is over.
-fn search(run_dir: &RunDir, limit: Duration) -> Result<Option<u64>, SlurmError> {
+/// Submits the run's script once more, away from nodes that are to blame, if there are others.
+pub(crate) fn submit_again(
+    run_dir: &RunDir,
+    site: &Site,
+    options: Vec<String>,
+    avoid: &[String],
+    environment: &Environment,
+) -> Outcome<Job> {
+    let file = run_dir.script_file();
+    let script = std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    let variables = submission_environment(site, environment);
+    if !avoid.is_empty() {
+        let excluded: Vec<&str> = site.exclude.iter().chain(avoid).map(String::as_str).collect();
+        let away = [&options[..], &[format!("--exclude={}", excluded.join(","))]].concat();
+        match submit(run_dir, &script, &away, &variables) {
+            Err(failure) if failure.exit == Exit::SchedulerRefused => {}
+            submitted => return submitted,
+        }
+    }
+    submit(run_dir, &script, &options, &variables)
+}
+
+/// The newest job with the run's token after job `before`, by name; asked again until Slurm answers or the time is over.
+fn search(run_dir: &RunDir, before: u64, limit: Duration) -> Result<Option<u64>, SlurmError> {
     let token = submission_token(run_dir.name(), run_dir.path());
     let mut options = arguments(["--noheader", "--states=all", "--format", SQUEUE_FORMAT]);
     options.push(format!("--name={}", run_dir.name()));
@@ -129,8 +159,8 @@ fn search(run_dir: &RunDir, limit: Duration) -> Result<Option<u64>, SlurmError> 
             Err(SlurmError::Silent { .. }) if Instant::now() < deadline => std::thread::sleep(Duration::from_secs(1)),
             Err(error) => return Err(error),
             Ok(answer) => {
-                let ours = answer.stdout.lines().filter_map(parse::queued).find(|job| job.comment == token);
-                return Ok(ours.and_then(|job| job.id.parse().ok()));
+                let ours = answer.stdout.lines().filter_map(parse::queued).filter(|job| job.comment == token);
+                return Ok(ours.filter_map(|job| job.id.parse().ok()).filter(|&id| id > before).max());
             }
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! `hostlist` and `parse` are pure parsers of what it says.
 
+mod again;
 pub(crate) mod client;
 pub(crate) mod env;
 pub mod hostlist;

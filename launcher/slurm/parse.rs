@@ -100,7 +100,7 @@ impl ExitStatus {
 
 /// The fields of the line that `scontrol -o show job` prints. Values may hold spaces: a field begins at a known key.
 pub fn job_fields(line: &str) -> BTreeMap<&str, &str> {
-    const KEYS: [&str; 24] = [
+    const KEYS: [&str; 25] = [
         "JobId",
         "JobName",
         "UserId",
@@ -118,6 +118,7 @@ pub fn job_fields(line: &str) -> BTreeMap<&str, &str> {
         "SubmitTime",
         "StartTime",
         "EndTime",
+        "PreemptTime",
         "Partition",
         "NodeList",
         "BatchHost",

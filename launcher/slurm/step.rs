@@ -11,10 +11,11 @@ use nemotron_engine::rank::{Device, ModelSource};
 
 use crate::cluster::{GpuRequest, Site};
 use crate::env;
-use crate::ranks::Ranks;
+use crate::ranks::{Notice, Ranks};
 use crate::rendezvous::{NETWORK_HINT, local_ip, own_addresses};
 use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::RunDir;
+use crate::slurm::again::OwnJob;
 use crate::slurm::env::Allocation;
 use crate::spec::RunSpec;
 use crate::tail::Tail;
@@ -29,6 +30,7 @@ const OWN_LINES: usize = 4;
 pub(crate) struct Step {
     run_dir: RunDir,
     allocation: Allocation,
+    job: OwnJob,
     per_node: usize,
     options: Vec<String>,
     /// What each task runs.
@@ -69,10 +71,12 @@ impl Step {
         options.extend(site.container.srun_options(&needed));
         let mut command = site.container.command_prefix(&needed, spec.device);
         command.extend([binary.as_path(), Path::new("worker"), run_dir.path()].map(|word| word.display().to_string()));
+        let job = OwnJob::new(run_dir, site, &allocation);
         let (run_dir, per_node) = (run_dir.clone(), site.devices_per_node);
         Ok(Self {
             run_dir,
             allocation,
+            job,
             per_node,
             options,
             command,
@@ -86,7 +90,7 @@ impl Step {
         })
     }
 
-    fn node(&self, rank: usize) -> &str {
+    fn node_of(&self, rank: usize) -> &str {
         // The distribution is by blocks, see `options`.
         self.allocation.nodes.get(rank / self.per_node).map_or("?", String::as_str)
     }
@@ -190,7 +194,11 @@ impl Ranks for Step {
     }
 
     fn place(&self, rank: usize) -> Option<String> {
-        Some(format!("host {}", self.node(rank)))
+        Some(format!("host {}", self.node_of(rank)))
+    }
+
+    fn node(&self, rank: usize) -> Option<String> {
+        Some(self.node_of(rank).to_owned())
     }
 
     fn any_left(&self) -> bool {
@@ -247,6 +255,30 @@ impl Ranks for Step {
 
     fn are_scheduled(&self) -> bool {
         true
+    }
+
+    fn time_left(&self) -> Option<Duration> {
+        self.job.time_left()
+    }
+
+    fn notice(&self) -> Option<Notice> {
+        self.job.notice()
+    }
+
+    fn is_requeued(&self) -> bool {
+        self.job.is_requeued()
+    }
+
+    fn are_nodes_up(&self) -> bool {
+        self.job.are_nodes_up()
+    }
+
+    fn submit_successor(&self, avoid: &[String]) -> Outcome<u64> {
+        self.job.submit_successor(avoid)
+    }
+
+    fn requeue(&self) -> Outcome {
+        Ok(self.job.requeue()?)
     }
 }
 

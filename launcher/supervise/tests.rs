@@ -1,14 +1,18 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+use std::net::SocketAddr;
 use std::process::Command;
 use std::thread::sleep;
 
+use nemotron_engine::engine::EngineStats;
+use nemotron_engine::report::Phase;
 use tempfile::TempDir;
 
 use super::*;
 use crate::env::{ATTEMPT, RANK, SUPERVISOR};
 use crate::local::LocalRanks;
-use crate::rendezvous::{connect, listen};
+use crate::process::ProcessId;
+use crate::rendezvous::{Down, Hello, Identity, RankEnd, Up, connect, listen, run_key};
 use crate::report::Failure;
 use crate::rundir::read_json;
 use crate::spec::testing::serve_spec;
@@ -45,7 +49,7 @@ fn fake_rank() {
         std::process::exit(exit as i32)
     };
     say(Up::Phase { phase: Phase::Rendezvous });
-    assert!(matches!(messages.next::<Down>().unwrap(), Down::Peers { addresses } if addresses.len() == 2));
+    assert!(matches!(messages.next::<Down>().unwrap(), Down::Peers { addresses, .. } if addresses.len() == 2));
     say(Up::Phase { phase: Phase::Loading });
     match (part.as_str(), rank) {
         ("killed", 1) => ProcessId::current().signal(Signal::SIGKILL).unwrap(),
@@ -87,14 +91,14 @@ fn fake_rank() {
 }
 
 /// What is left of a run of two ranks.
-struct Ended {
+struct Ending {
     run_dir: RunDir,
     _root: TempDir,
     outcome: Outcome<Status>,
     took: Duration,
 }
 
-impl Ended {
+impl Ending {
     fn failure(&self) -> &Failure {
         self.outcome.as_ref().unwrap_err()
     }
@@ -105,7 +109,7 @@ impl Ended {
 }
 
 /// Runs two ranks that play `part`. When the run is ready, these signals arrive.
-fn run_with(part: &'static str, signals: &'static [Signal], adapt: impl FnOnce(&mut RunSpec)) -> Ended {
+fn run_with(part: &'static str, signals: &'static [Signal], adapt: impl FnOnce(&mut RunSpec)) -> Ending {
     let root = tempfile::tempdir().unwrap();
     let mut spec = serve_spec("run");
     spec.mesh.tp = 2;
@@ -126,10 +130,13 @@ fn run_with(part: &'static str, signals: &'static [Signal], adapt: impl FnOnce(&
         signals.iter().for_each(|&signal| signaller.send(Input::Signal(signal)).unwrap());
     };
     let start = Instant::now();
-    let display = Display::stderr(true);
-    let outcome =
-        Supervisor::new(&run_dir, 0, Box::new(ranks), sender, inputs, display, Box::new(on_ready)).unwrap().run();
-    let ended = Ended { run_dir, _root: root, outcome, took: start.elapsed() };
+    let attempts = attempts::begin(&run_dir, 2, None).unwrap();
+    let record = Record::open(&run_dir, &spec, attempts, Display::stderr(true)).unwrap();
+    let supervisor =
+        Supervisor::new(&run_dir, &spec, record, Box::new(ranks), (sender, inputs), Some(Box::new(on_ready)));
+    let Ended { record, members, verdict, .. } = supervisor.unwrap().run();
+    let outcome = record.conclude(&verdict, &members);
+    let ended = Ending { run_dir, _root: root, outcome, took: start.elapsed() };
 
     // Whatever the end was.
     assert!(!ended.run_dir.endpoint_file().exists());
@@ -145,7 +152,7 @@ fn run_with(part: &'static str, signals: &'static [Signal], adapt: impl FnOnce(&
     ended
 }
 
-fn run(part: &'static str, signals: &'static [Signal]) -> Ended {
+fn run(part: &'static str, signals: &'static [Signal]) -> Ending {
     run_with(part, signals, |_| ())
 }
 

@@ -1,12 +1,14 @@
 //! How a run ends: from what went wrong on its ranks to the one cause that is reported.
 
+use std::fmt;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
 use nix::sys::signal::Signal;
 
+use crate::ranks::Notice;
 use crate::rendezvous::RankEnd;
-use crate::report::{Exit, Failure};
+use crate::report::{Blame, Exit, Failure};
 use crate::state::{End, RunPhase};
 
 /// Something that ends the run.
@@ -17,21 +19,28 @@ pub(super) struct Fault {
     /// The error, its causes below it.
     pub(super) error: Vec<String>,
     pub(super) hints: Vec<String>,
+    /// In the rank's own words, which know more than what is seen of it.
+    pub(super) told: bool,
+    /// Ranks whose nodes may be to blame.
+    pub(super) blamed: Vec<usize>,
     /// The engine itself broke, so that a row it was working on may be the cause. A rank that was killed from outside proves nothing.
     pub(super) crashed: bool,
 }
 
 impl Fault {
     pub(super) fn new(rank: Option<usize>, exit: Exit, text: impl Into<String>) -> Self {
-        Self { rank, exit, error: vec![text.into()], hints: Vec::new(), crashed: false }
+        let blamed = rank.into_iter().filter(|_| exit.blame() != Blame::Nothing).collect();
+        Self { rank, exit, error: vec![text.into()], hints: Vec::new(), told: false, blamed, crashed: false }
     }
 
     /// What the rank reported about itself; `who` names it.
     pub(super) fn reported(rank: usize, who: &str, exit: Exit, end: RankEnd) -> Self {
-        let mut error = vec![format!("{who} failed")];
-        error.extend(end.error);
-        let crashed = matches!(exit, Exit::Internal | Exit::OutOfMemory);
-        Self { rank: Some(rank), exit, error, hints: end.hints, crashed }
+        let mut fault = Self::new(Some(rank), exit, format!("{who} failed"));
+        fault.error.extend(end.error);
+        fault.hints = end.hints;
+        fault.told = true;
+        fault.crashed = matches!(exit, Exit::Internal | Exit::OutOfMemory);
+        fault
     }
 
     /// A process that ended without a report.
@@ -59,10 +68,41 @@ impl Fault {
 
 /// The fault that the others follow from: a rank that only lost a connection lost it to the rank that failed.
 pub(super) fn cause(faults: &[Fault]) -> Option<&Fault> {
-    faults.iter().find(|fault| fault.exit != Exit::Communication).or(faults.first())
+    let first = faults.iter().find(|fault| fault.exit != Exit::Communication).or(faults.first())?;
+    faults.iter().find(|fault| fault.told && fault.rank == first.rank).or(Some(first))
 }
 
-/// How the run ended.
+/// Why a run shall end before its work is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wish {
+    /// Ctrl-C.
+    Interrupt,
+    /// Of whoever may end it.
+    Terminate(Signal),
+    /// The scheduler takes the nodes back, because their time is over or for another reason.
+    Withdrawn(Notice),
+    /// Nobody uses the server.
+    Idle,
+}
+
+impl From<Signal> for Wish {
+    fn from(signal: Signal) -> Self {
+        if signal == Signal::SIGINT { Self::Interrupt } else { Self::Terminate(signal) }
+    }
+}
+
+impl fmt::Display for Wish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Interrupt => f.write_str("SIGINT stopped it"),
+            Self::Terminate(signal) => write!(f, "{signal} stopped it"),
+            Self::Withdrawn(notice) => f.write_str(notice.words()),
+            Self::Idle => f.write_str("no request came for serve.idle_timeout"),
+        }
+    }
+}
+
+/// How an attempt ended.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Verdict {
     /// DONE, FAILED or CANCELLED.
@@ -71,42 +111,74 @@ pub(super) struct Verdict {
     pub(super) rank: Option<usize>,
     pub(super) error: Vec<String>,
     pub(super) hints: Vec<String>,
+    /// As the scheduler names them.
+    pub(super) nodes: Vec<String>,
     pub(super) crashed: bool,
 }
 
 impl Verdict {
     pub(super) fn done() -> Self {
-        Self { phase: RunPhase::Done, exit: None, rank: None, error: Vec::new(), hints: Vec::new(), crashed: false }
+        Self {
+            phase: RunPhase::Done,
+            exit: None,
+            rank: None,
+            error: Vec::new(),
+            hints: Vec::new(),
+            nodes: Vec::new(),
+            crashed: false,
+        }
     }
 
-    pub(super) fn failed(fault: &Fault) -> Self {
+    /// `node` names the node of a rank.
+    pub(super) fn failed(fault: &Fault, node: impl Fn(usize) -> Option<String>) -> Self {
+        let mut nodes: Vec<String> = fault.blamed.iter().filter_map(|&rank| node(rank)).collect();
+        nodes.dedup();
         Self {
             phase: RunPhase::Failed,
             exit: Some(fault.exit),
             rank: fault.rank,
             error: fault.error.clone(),
             hints: fault.hints.clone(),
+            nodes,
             crashed: fault.crashed,
         }
     }
 
-    pub(super) fn cancelled(exit: Exit, text: impl Into<String>) -> Self {
-        let error = vec![text.into()];
-        Self { phase: RunPhase::Cancelled, exit: Some(exit), rank: None, error, hints: Vec::new(), crashed: false }
+    fn ended(phase: RunPhase, exit: Exit, error: Vec<String>) -> Self {
+        Self { phase, exit: Some(exit), error, ..Self::done() }
     }
 
-    /// A signal asked for the end. SIGUSR1 is the scheduler's warning that the time of the allocation is nearly over.
-    pub(super) fn stopped(signal: Signal, text: impl Into<String>) -> Self {
-        let text = text.into();
-        match signal {
-            Signal::SIGUSR1 => {
-                let error = vec!["the time of the allocation is over".into(), text];
-                let exit = Some(Exit::Resumable);
-                Self { phase: RunPhase::Failed, exit, rank: None, error, hints: Vec::new(), crashed: false }
+    /// The work did not fit into the time.
+    pub(super) fn out_of_time(error: Vec<String>) -> Self {
+        Self::ended(RunPhase::Failed, Exit::Resumable, error)
+    }
+
+    /// The end came as it was wished; `state` says how it found the run.
+    pub(super) fn stopped(wish: Wish, state: impl Into<String>) -> Self {
+        let state = state.into();
+        let error = [wish.to_string(), state].into_iter().filter(|text| !text.is_empty()).collect();
+        match wish {
+            Wish::Interrupt => Self::ended(RunPhase::Cancelled, Exit::Interrupted, error),
+            Wish::Terminate(_) | Wish::Withdrawn(Notice::Cancelled) => {
+                Self::ended(RunPhase::Cancelled, Exit::Terminated, error)
             }
-            Signal::SIGINT => Self::cancelled(Exit::Interrupted, text),
-            _ => Self::cancelled(Exit::Terminated, text),
+            Wish::Withdrawn(Notice::NodeFailure) => Self::ended(RunPhase::Failed, Exit::RankLost, error),
+            Wish::Withdrawn(_) => Self::out_of_time(error),
+            Wish::Idle => Self { error, ..Self::done() },
         }
+    }
+
+    /// No rank could be started.
+    pub(super) fn of_failure(failure: Failure) -> Self {
+        let error = failure.error.chain().map(ToString::to_string).collect();
+        Self { hints: failure.hints, ..Self::ended(RunPhase::Failed, failure.exit, error) }
+    }
+
+    /// The cause of an end that another attempt would only repeat.
+    pub(super) fn stuck(self) -> Self {
+        let mut error = vec!["two attempts in a row completed no row".to_owned()];
+        error.extend(self.error);
+        Self { exit: Some(Exit::AttemptsWithoutProgress), error, ..self }
     }
 
     /// The cause in one line.
@@ -121,6 +193,7 @@ impl Verdict {
             cause: self.text(),
             hints: self.hints.clone(),
             rank: self.rank,
+            nodes: self.nodes.clone(),
             crashed: self.crashed,
         }
     }
@@ -159,6 +232,9 @@ mod tests {
         assert_eq!(killed.error, ["rank 1 (host h, pid 7) was killed by SIGKILL"]);
         assert_eq!(cause(&[lost(0), killed.clone(), lost(2)]), Some(&killed));
         assert_eq!(cause(&[lost(2), lost(0)]).unwrap().rank, Some(2));
+        let unreachable = Fault::new(Some(1), Exit::Rendezvous, "cannot be reached");
+        let told = Fault { told: true, ..Fault::new(Some(1), Exit::Preflight, "the port is in use") };
+        assert_eq!(cause(&[unreachable, told.clone()]), Some(&told));
         assert_eq!(cause(&[]), None);
     }
 
@@ -178,7 +254,7 @@ mod tests {
             hints: vec!["try".into()],
         };
         let fault = Fault::reported(3, "rank 3", Exit::Checkpoint, end);
-        let failure = Verdict::failed(&fault).failure("r").unwrap();
+        let failure = Verdict::failed(&fault, |_| None).failure("r").unwrap();
         assert_eq!(failure.exit, Exit::Checkpoint);
         let text =
             "error: run r failed\n  caused by: rank 3 failed\n  caused by: outer\n  caused by: inner\n  help: try";
