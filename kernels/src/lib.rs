@@ -1,6 +1,13 @@
 //! Device kernels and their run-time loading. A machine without a driver is an ordinary answer here, never a crash:
 //! libraries are looked up when a device is asked for, so one binary runs everywhere.
 
+mod args;
+pub mod image;
+pub mod nvrtc;
+pub mod ops;
+
+pub use args::{Bf16, Ptr, c_header};
+
 /// Why no CUDA device can be used on this host.
 #[derive(Debug, thiserror::Error)]
 pub enum Unavailable {

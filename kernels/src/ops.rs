@@ -1,0 +1,621 @@
+//! What can be launched: one struct a kernel, with shapes and types of everything it reads and writes, and the grid it needs.
+//!
+//! Conventions, for all of them:
+//! - Matrices are row-major; a row is a token. `x` is the residual stream, f32 [rows, hidden]. Operands of products are bf16, their
+//!   sums f32. Pointers to f32 and bf16 data are 16-byte aligned, and widths are multiples of 8.
+//! - Keys and values of one layer are bf16 [page][kv_head][2: keys, values][page_tokens][head_dim]; keys are rotated.
+//! - `page_table` holds page numbers; a row's pages begin at its entry of `first_pages`, and page i of them holds positions
+//!   i · page_tokens .. (i + 1) · page_tokens.
+//! - A row whose position is [`NO_ROW`] is padding: nothing is stored for it, and what it computes is never read.
+//! - A row's results are a function of that row: they do not depend on the other rows, on tiles, or on the order in which threads run.
+//!   There are no floating-point atomics. Sums that are cut into parts are added in a binary tree, ((p0 + p1) + (p2 + p3)) + …
+//! - Nothing here synchronises with the host, and every argument may be captured into a graph: what changes from step to step (tokens,
+//!   positions, pages, lengths) is read from the device's memory.
+
+use std::ffi::c_void;
+
+use crate::args::{Bf16, CType, Layout, Ptr, c_types, layout};
+
+/// Positions of one split of a sequence's keys and values; part of what defines an attention row's bits.
+pub const SPLIT_TOKENS: u32 = 256;
+/// The position of a row that is only padding.
+pub const NO_ROW: u32 = u32::MAX;
+/// Ranks that a one-shot all-reduce can have.
+pub const MAX_PEERS: u32 = 8;
+/// Largest supported head; heads are computed at the next of 64, 128 and 192, filled up with zeros.
+pub const MAX_HEAD_DIM: u32 = 192;
+/// Query heads that may share a KV head.
+pub const MAX_GROUP: u32 = 64;
+/// Largest row that LayerNorm holds in registers.
+pub const MAX_HIDDEN: u32 = 32768;
+/// Parts that a product's sum may be cut into.
+pub const MAX_PARTS: u32 = 64;
+
+/// What `cuda/args.h` shares with this file.
+pub(crate) const CONSTANTS: &[(&str, u32)] = &[
+    ("SPLIT_TOKENS", SPLIT_TOKENS),
+    ("NO_ROW", NO_ROW),
+    ("STORE_F32", Store::F32 as u32),
+    ("STORE_BF16", Store::Bf16 as u32),
+    ("STORE_RELU2_BF16", Store::Relu2Bf16 as u32),
+    ("TIMED_OUT", TIMED_OUT),
+    ("NOT_FINITE", NOT_FINITE),
+];
+
+/// What a product stores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Store {
+    F32 = 0,
+    Bf16 = 1,
+    /// relu(y)², rounded to bf16.
+    Relu2Bf16 = 2,
+}
+
+/// Written to [`AllReduceNorm::status`] when a peer did not come.
+pub const TIMED_OUT: u32 = 1;
+/// Written in place of a token by [`Sample`] when logits are NaN or +∞, or all are −∞.
+pub const NOT_FINITE: u32 = u32::MAX;
+
+/// A kernel with its grid and arguments: what `cuLaunchKernel` takes, with [`Self::args`] as the only kernel parameter.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    pub kernel: &'static str,
+    pub grid: [u32; 3],
+    /// Threads of a block, in one dimension.
+    pub threads: u32,
+    /// Dynamic shared memory; above 48 KiB the function needs `MAX_DYNAMIC_SHARED_SIZE_BYTES` first, see [`KERNELS`].
+    pub shared_bytes: u32,
+    args: [u64; ARG_WORDS],
+    args_bytes: usize,
+}
+
+const ARG_WORDS: usize = 32;
+
+impl Launch {
+    fn new<T: Layout>(kernel: &'static str, grid: [u32; 3], threads: u32, shared_bytes: u32, args: &T) -> Self {
+        const { assert!(size_of::<T>() <= ARG_WORDS * 8 && align_of::<T>() <= 8) };
+        let mut words = [0; ARG_WORDS];
+        // SAFETY: a `Layout` has no padding, fits the words and needs no more alignment than they have.
+        unsafe { std::ptr::from_mut(&mut words).cast::<T>().write(*args) };
+        Self { kernel, grid, threads, shared_bytes, args: words, args_bytes: size_of::<T>() }
+    }
+
+    /// The struct of arguments, which lives as long as `self`.
+    pub fn args(&self) -> *const c_void {
+        self.args.as_ptr().cast()
+    }
+
+    pub fn args_bytes(&self) -> usize {
+        self.args_bytes
+    }
+}
+
+c_types! { AttentionTile = "AttentionTile" SampleRow = "SampleRow" }
+
+layout! {
+    /// x[r] = table[tokens[r] − first_id], or zeros where this rank's part of the vocabulary does not hold that id.
+    Embed {
+        /// [rows]
+        tokens: Ptr<u32>,
+        /// [vocab, hidden]
+        table: Ptr<Bf16>,
+        /// [rows, hidden]
+        x: Ptr<f32>,
+        rows: u32,
+        hidden: u32,
+        first_id: u32,
+        /// Ids in `table`.
+        vocab: u32,
+    }
+
+    /// x += y (if there is a y); out = (x − mean) / sqrt(variance + eps) · scale + shift (if there is a scale).
+    AddNorm {
+        /// [rows, hidden], updated in place; with `indices`, row r is x[indices[r]].
+        x: Ptr<f32>,
+        /// [rows, hidden] or null; null if there are `indices`.
+        y: Ptr<f32>,
+        /// [rows] or null.
+        indices: Ptr<u32>,
+        /// 1 + γ, [hidden], or null.
+        scale: Ptr<f32>,
+        /// β, [hidden]
+        shift: Ptr<f32>,
+        /// [rows, hidden]
+        out: Ptr<Bf16>,
+        rows: u32,
+        hidden: u32,
+        eps: f32,
+        reserved: u32,
+    }
+
+    /// Sums x over the ranks that share a node and goes on as [`AddNorm`]: x = (x if add) + tree(partials); out = norm(x).
+    /// Every rank launches it with the same shape. A rank's `partials` may be overwritten when its *next* all-reduce has run, so two
+    /// buffers used in turn are enough.
+    AllReduceNorm {
+        /// Each rank's summand, [rows, hidden]; entry i is rank i's buffer, seen from this rank.
+        partials: [Ptr<f32>; 8],
+        /// Each rank's flags, u32 [grid, 8]: zero before the first launch, then left to these kernels. Entry i is rank i's buffer.
+        flags: [Ptr<u32>; 8],
+        /// This rank's entry of `flags`.
+        own_flags: Ptr<u32>,
+        /// This rank's count of launches for each block, [grid]; zero before the first launch.
+        epochs: Ptr<u32>,
+        /// [1]: [`TIMED_OUT`] if a peer did not come within `timeout_ns`; the results are then worthless.
+        status: Ptr<u32>,
+        /// [rows, hidden]
+        x: Ptr<f32>,
+        /// 1 + γ, [hidden], or null: no norm.
+        scale: Ptr<f32>,
+        shift: Ptr<f32>,
+        /// [rows, hidden]
+        out: Ptr<Bf16>,
+        timeout_ns: u64,
+        rows: u32,
+        hidden: u32,
+        rank: u32,
+        /// 2, 4 or 8
+        ranks: u32,
+        /// 1: x is added to; 0: it is overwritten (after the embedding).
+        add: u32,
+        eps: f32,
+    }
+
+    /// Rotates queries and keys and stores keys and values at their positions.
+    RopeAppend {
+        /// [rows, (heads + 2 · kv_heads) · head_dim]: q, then k, then v.
+        qkv: Ptr<f32>,
+        /// [positions, rotary_dim]: rotary_dim / 2 cosines, then as many sines, of position · θ^(−2i / rotary_dim).
+        rope: Ptr<f32>,
+        /// [rows]
+        positions: Ptr<u32>,
+        /// [rows]: where each row's pages begin in `page_table`.
+        first_pages: Ptr<u32>,
+        page_table: Ptr<u32>,
+        /// Rotated queries, [rows, heads · head_dim].
+        q: Ptr<Bf16>,
+        /// The layer's cache.
+        kv: Ptr<Bf16>,
+        rows: u32,
+        heads: u32,
+        kv_heads: u32,
+        head_dim: u32,
+        /// Even, ≤ head_dim.
+        rotary_dim: u32,
+        page_tokens: u32,
+    }
+
+    /// Consecutive tokens of one sequence that are attended together; their keys and values are in the cache.
+    AttentionTile {
+        first_row: u32,
+        /// 0: the tile is padding; at most [`Attention::tile_tokens`].
+        num_tokens: u32,
+        first_position: u32,
+        first_page: u32,
+    }
+
+    /// softmax(q · kᵀ / sqrt(head_dim)) · v over all positions up to the row's own. A sequence is cut into splits of
+    /// [`SPLIT_TOKENS`] positions; rows with more than one need [`AttentionCombine`] afterwards.
+    Attention {
+        /// [rows, heads · head_dim]
+        q: Ptr<Bf16>,
+        kv: Ptr<Bf16>,
+        page_table: Ptr<u32>,
+        /// [num_tiles], or null: tile i is row i alone (decode).
+        tiles: Ptr<AttentionTile>,
+        /// [rows]
+        positions: Ptr<u32>,
+        /// [rows]
+        first_pages: Ptr<u32>,
+        /// [rows, heads · head_dim]
+        out: Ptr<Bf16>,
+        /// f32 [rows, heads, splits, head_dim], weighted sums of values.
+        sums: Ptr<f32>,
+        /// f32 [rows, heads, splits, 2]: largest scaled score (base 2), sum of weights.
+        stats: Ptr<f32>,
+        num_tiles: u32,
+        heads: u32,
+        kv_heads: u32,
+        head_dim: u32,
+        page_tokens: u32,
+        /// Splits of the longest row of this launch, or more.
+        splits: u32,
+    }
+
+    /// Joins the splits of rows that have several.
+    AttentionCombine {
+        sums: Ptr<f32>,
+        stats: Ptr<f32>,
+        positions: Ptr<u32>,
+        /// [rows, heads · head_dim]
+        out: Ptr<Bf16>,
+        rows: u32,
+        heads: u32,
+        head_dim: u32,
+        /// As given to [`Attention`].
+        splits: u32,
+    }
+
+    /// y = x · Wᵀ for few rows, the sum over columns cut into `parts`.
+    Gemm {
+        /// [rows, cols]
+        x: Ptr<Bf16>,
+        /// [n, cols]
+        w: Ptr<Bf16>,
+        /// With one part the result as `store` says, [rows, n]; else f32 [parts, rows, n] for [`GemmReduce`].
+        out: Ptr<c_void>,
+        rows: u32,
+        n: u32,
+        cols: u32,
+        /// A power of two; cols / parts is a multiple of 8.
+        parts: u32,
+        /// A [`Store`]; used with one part.
+        store: u32,
+        reserved: u32,
+    }
+
+    /// Adds a product's parts in a binary tree and stores the sum. With one part it converts: f32 to bf16, or relu².
+    GemmReduce {
+        /// [parts, count]
+        partials: Ptr<f32>,
+        /// [count]
+        out: Ptr<c_void>,
+        /// Elements, rows · n.
+        count: u64,
+        parts: u32,
+        /// A [`Store`].
+        store: u32,
+    }
+
+    /// out[r] = x[indices[r]].
+    GatherRows {
+        x: Ptr<f32>,
+        /// [rows]
+        indices: Ptr<u32>,
+        /// [rows, width]
+        out: Ptr<f32>,
+        rows: u32,
+        width: u32,
+    }
+
+    /// How one row's token is chosen. The order of operations and the random number are those of the engine's sampler.
+    SampleRow {
+        seed: u64,
+        sample: u32,
+        /// Position of the new token in its row.
+        position: u32,
+        /// 1: the largest logit, lowest id first; only masks and biases are applied.
+        greedy: u32,
+        temperature: f32,
+        /// 0: all.
+        top_k: u32,
+        /// 0 or 1: all.
+        top_p: f32,
+        repetition_penalty: f32,
+        frequency_penalty: f32,
+        presence_penalty: f32,
+        /// Ids masked now (end of sequence before the minimum length): `ids[first_masked ..][.. num_masked]`.
+        first_masked: u32,
+        num_masked: u32,
+        /// Biased ids: `ids[first_biased ..]`, and the biases in `biases` at the same indices.
+        first_biased: u32,
+        num_biased: u32,
+        /// The row's own ids, prompt then new: `ids[first_seen ..]`; none if there is no penalty.
+        first_seen: u32,
+        num_seen: u32,
+        /// How many of those are the prompt's.
+        num_prompt: u32,
+        /// Which row of the logits.
+        logits_row: u32,
+        /// New tokens until nothing is masked any more; counted down by [`Advance`]. 0: the mask stays as it is.
+        num_until_unmasked: u32,
+    }
+
+    /// tokens[r] = the token of rows[r], or [`NOT_FINITE`]. Changes the logits.
+    Sample {
+        /// [·, stride]
+        logits: Ptr<f32>,
+        rows: Ptr<SampleRow>,
+        ids: Ptr<u32>,
+        biases: Ptr<f32>,
+        /// [num_rows]
+        tokens: Ptr<u32>,
+        num_rows: u32,
+        /// Ids that may be chosen: 0 .. vocab.
+        vocab: u32,
+        /// Elements from row to row, at least `vocab`.
+        stride: u32,
+        reserved: u32,
+    }
+
+    /// Log-probability of tokens[r] under the plain softmax of logits[r], without a copy of the logits to the host.
+    Logprob {
+        /// [rows, stride]
+        logits: Ptr<f32>,
+        /// [rows]
+        tokens: Ptr<u32>,
+        /// [rows]
+        out: Ptr<f32>,
+        rows: u32,
+        vocab: u32,
+        stride: u32,
+        reserved: u32,
+    }
+
+    /// Makes sampled tokens the input of the next decode step without the host: tokens[r] = sampled[r], positions[r] += 1, and the
+    /// sampler's row moves on too (position, minimum length, ids seen). Rows that are padding stay so.
+    Advance {
+        /// [rows]
+        sampled: Ptr<u32>,
+        /// [rows]
+        tokens: Ptr<u32>,
+        /// [rows]
+        positions: Ptr<u32>,
+        /// [rows] or null; its `position` goes up by one, and if it has penalties the token is appended to its ids, for which there must
+        /// be room.
+        sample_rows: Ptr<SampleRow>,
+        ids: Ptr<u32>,
+        rows: u32,
+        reserved: u32,
+    }
+}
+
+impl CType for Ptr<c_void> {
+    fn declare(name: &str) -> String {
+        format!("void* {name}")
+    }
+}
+
+/// Every kernel, with the most dynamic shared memory that a launch of it asks for.
+pub const KERNELS: &[(&str, u32)] = &[
+    ("embed", 0),
+    ("add_norm", 0),
+    ("all_reduce_norm", 0),
+    ("rope_append", 0),
+    ("attention_decode_64", Attention::shared_bytes(16, 64)),
+    ("attention_decode_128", Attention::shared_bytes(16, 128)),
+    ("attention_decode_192", Attention::shared_bytes(16, 192)),
+    ("attention_prefill_64", Attention::shared_bytes(64, 64)),
+    ("attention_prefill_128", Attention::shared_bytes(64, 128)),
+    ("attention_prefill_192", Attention::shared_bytes(64, 192)),
+    ("attention_combine", 0),
+    ("gemm_8", Gemm::shared_bytes(8)),
+    ("gemm_16", Gemm::shared_bytes(16)),
+    ("gemm_32", Gemm::shared_bytes(32)),
+    ("gemm_64", Gemm::shared_bytes(64)),
+    ("gemm_reduce", 0),
+    ("gather_rows", 0),
+    ("sample", 0),
+    ("logprob", 0),
+    ("advance", 0),
+];
+
+/// A model's sizes on one rank that the kernels cannot compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the CUDA kernels do not support {what} {value}: it must be {demand}")]
+pub struct Unsupported {
+    pub what: &'static str,
+    pub value: u32,
+    pub demand: &'static str,
+}
+
+/// Sizes of a model on one rank.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    pub hidden: u32,
+    pub heads: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    /// Rows of this rank's up projection.
+    pub ffn: u32,
+    /// Parts that row-parallel sums are cut into on this rank.
+    pub chunks: u32,
+}
+
+impl Sizes {
+    /// Whether all kernels can compute a model of these sizes.
+    ///
+    /// # Errors
+    /// Names the size that they cannot.
+    pub fn check(&self) -> Result<(), Unsupported> {
+        let Self { hidden, heads, kv_heads, head_dim, ffn, chunks } = *self;
+        let demand = |holds: bool, what, value, demand| {
+            if holds { Ok(()) } else { Err(Unsupported { what, value, demand }) }
+        };
+        demand(
+            hidden.is_multiple_of(8) && hidden <= MAX_HIDDEN,
+            "hidden size",
+            hidden,
+            "a multiple of 8, at most 32768",
+        )?;
+        demand(
+            head_dim.is_multiple_of(8) && head_dim <= MAX_HEAD_DIM,
+            "head size",
+            head_dim,
+            "a multiple of 8, at most 192",
+        )?;
+        demand(heads / kv_heads <= MAX_GROUP, "query heads per KV head", heads / kv_heads, "at most 64")?;
+        demand(
+            chunks.is_power_of_two() && chunks <= MAX_PARTS,
+            "chunks of a sum",
+            chunks,
+            "a power of two, at most 64",
+        )?;
+        demand(
+            (heads * head_dim).is_multiple_of(8 * chunks),
+            "attention width",
+            heads * head_dim,
+            "a multiple of 8 in each chunk",
+        )?;
+        demand(ffn.is_multiple_of(8 * chunks), "FFN size", ffn, "a multiple of 8 in each chunk")
+    }
+}
+
+impl Embed {
+    pub fn launch(&self) -> Launch {
+        Launch::new("embed", [self.rows, 1, 1], warps_for(self.hidden / 8, 256), 0, self)
+    }
+}
+
+impl AddNorm {
+    pub fn launch(&self) -> Launch {
+        assert!(self.y.address == 0 || self.indices.address == 0, "a gathered row has nothing added to it");
+        Launch::new("add_norm", [self.rows, 1, 1], norm_threads(self.hidden), 0, self)
+    }
+}
+
+impl AllReduceNorm {
+    /// Blocks at most: all of them must be on the device at once, on every rank, as they wait for each other.
+    pub const MAX_BLOCKS: u32 = 64;
+
+    pub fn launch(&self) -> Launch {
+        assert!(matches!(self.ranks, 2 | 4 | 8) && self.rank < self.ranks, "rank {} of {}", self.rank, self.ranks);
+        let grid = self.rows.min(Self::MAX_BLOCKS);
+        Launch::new("all_reduce_norm", [grid, 1, 1], norm_threads(self.hidden), 0, self)
+    }
+}
+
+impl RopeAppend {
+    pub fn launch(&self) -> Launch {
+        let width = (self.heads + 2 * self.kv_heads) * self.head_dim;
+        Launch::new("rope_append", [self.rows, 1, 1], warps_for(width / 8, 512), 0, self)
+    }
+}
+
+impl Attention {
+    /// Tokens that one tile of a prefill may hold.
+    pub fn tile_tokens(heads: u32, kv_heads: u32) -> u32 {
+        MAX_GROUP / (heads / kv_heads)
+    }
+
+    /// Splits of a row that stands at `position`.
+    pub fn splits(position: u32) -> u32 {
+        position / SPLIT_TOKENS + 1
+    }
+
+    /// Bytes of `sums` and of `stats`.
+    pub fn workspace_bytes(rows: u32, heads: u32, head_dim: u32, splits: u32) -> (usize, usize) {
+        let parts = rows as usize * heads as usize * splits as usize;
+        (parts * head_dim as usize * 4, parts * 2 * 4)
+    }
+
+    /// q, two blocks of 64 keys and values, weights, and maxima of each warp.
+    const fn shared_bytes(rows: u32, dim: u32) -> u32 {
+        let warps = if rows == 16 { 4 } else { 8 };
+        rows * dim * 2 + 2 * 2 * 64 * dim * 2 + rows * 64 * 2 + warps * rows * 4
+    }
+
+    pub fn launch(&self) -> Launch {
+        let group = self.heads / self.kv_heads;
+        assert!(
+            group <= MAX_GROUP && self.head_dim <= MAX_HEAD_DIM && self.head_dim.is_multiple_of(8),
+            "see Sizes::check"
+        );
+        // Both shapes give the same bits; the small one has less to wait for.
+        let is_small = self.tiles.address == 0 && group <= 16;
+        let (kernel, dim) = match (self.head_dim, is_small) {
+            (..=64, true) => ("attention_decode_64", 64),
+            (65..=128, true) => ("attention_decode_128", 128),
+            (_, true) => ("attention_decode_192", 192),
+            (..=64, false) => ("attention_prefill_64", 64),
+            (65..=128, false) => ("attention_prefill_128", 128),
+            (_, false) => ("attention_prefill_192", 192),
+        };
+        let (rows, threads) = if is_small { (16, 128) } else { (64, 256) };
+        let grid = [self.num_tiles, self.kv_heads, self.splits];
+        Launch::new(kernel, grid, threads, Self::shared_bytes(rows, dim), self)
+    }
+}
+
+impl AttentionCombine {
+    pub fn launch(&self) -> Launch {
+        Launch::new("attention_combine", [self.rows, self.heads, 1], warps_for(self.head_dim / 4, 64), 0, self)
+    }
+}
+
+impl Gemm {
+    /// Rows of W of one block, and columns of one stage of its pipeline.
+    const TILE_N: u32 = 128;
+    const STAGE_COLS: u32 = 64;
+    const STAGES: u32 = 4;
+
+    const fn shared_bytes(rows: u32) -> u32 {
+        Self::STAGES * (Self::TILE_N + rows) * Self::STAGE_COLS * 2
+    }
+
+    /// Into how many parts the sums of a matrix are best cut: enough that some 250 blocks stream weights at once, in the whole of a part's
+    /// length. The bits of a row depend on it, so for equal bits on every mesh it is asked for the smallest shard that any mesh has: `n`
+    /// rows and, of `chunks` on this rank (1 for matrices that are split by rows), `cols / chunks` columns.
+    pub fn parts(n: u32, cols: u32, chunks: u32) -> u32 {
+        let chunk = cols / chunks;
+        let mut parts = 1;
+        while parts < MAX_PARTS / 8
+            && n.div_ceil(Self::TILE_N) * parts < 200
+            && chunk / parts >= 2048
+            && (chunk / parts).is_multiple_of(16)
+        {
+            parts *= 2;
+        }
+        chunks * parts
+    }
+
+    pub fn launch(&self) -> Launch {
+        let Self { rows, n, cols, parts, .. } = *self;
+        assert!(
+            parts.is_power_of_two() && parts <= MAX_PARTS && cols.is_multiple_of(8 * parts),
+            "{cols} columns in {parts} parts"
+        );
+        // A row's sums are the same in every tile height.
+        let (kernel, tile) = match rows {
+            ..=8 => ("gemm_8", 8),
+            9..=16 => ("gemm_16", 16),
+            17..=32 => ("gemm_32", 32),
+            _ => ("gemm_64", 64),
+        };
+        // Tiles of rows run beside each other, so that their weights are read from memory once.
+        let grid = [rows.div_ceil(tile), n.div_ceil(Self::TILE_N), parts];
+        Launch::new(kernel, grid, 128, Self::shared_bytes(tile), self)
+    }
+}
+
+impl GemmReduce {
+    pub fn launch(&self) -> Launch {
+        assert!(self.parts.is_power_of_two() && self.parts <= MAX_PARTS && self.count.is_multiple_of(4), "{self:?}");
+        let blocks = self.count.div_ceil(256 * 4).min(u64::from(u32::MAX >> 1)) as u32;
+        Launch::new("gemm_reduce", [blocks, 1, 1], 256, 0, self)
+    }
+}
+
+impl GatherRows {
+    pub fn launch(&self) -> Launch {
+        Launch::new("gather_rows", [self.rows, 1, 1], warps_for(self.width / 4, 256), 0, self)
+    }
+}
+
+impl Sample {
+    pub fn launch(&self) -> Launch {
+        Launch::new("sample", [self.num_rows, 1, 1], 1024, 0, self)
+    }
+}
+
+impl Logprob {
+    pub fn launch(&self) -> Launch {
+        Launch::new("logprob", [self.rows, 1, 1], 1024, 0, self)
+    }
+}
+
+impl Advance {
+    pub fn launch(&self) -> Launch {
+        Launch::new("advance", [self.rows.div_ceil(128), 1, 1], 128, 0, self)
+    }
+}
+
+/// Threads of whole warps, one for each of `items` up to `most`.
+fn warps_for(items: u32, most: u32) -> u32 {
+    items.next_multiple_of(32).clamp(32, most)
+}
+
+/// Threads that hold a row of the residual stream, at least one group of four numbers each.
+fn norm_threads(hidden: u32) -> u32 {
+    warps_for(hidden / 4, 1024)
+}
