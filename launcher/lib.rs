@@ -12,6 +12,7 @@ use crate::env::Environment;
 use crate::report::Outcome;
 
 mod attempts;
+mod auto;
 pub mod cli;
 mod client;
 pub mod cluster;

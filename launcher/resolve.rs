@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nemotron_engine::rank::ModelSource;
 
+use crate::auto;
 use crate::cli::{BatchArgs, ContinuationArgs, LaunchArgs, RenderArgs, ResumeArgs, ServeArgs, SlurmArgs};
 use crate::cluster::{self, Site};
 use crate::env::Environment;
@@ -181,7 +182,7 @@ fn resolve_with(
     environment: &Environment,
     host: &Host,
 ) -> Outcome<Resolved> {
-    let settings = Settings::resolve(selection, environment)?;
+    let settings = auto::settings(selection, environment, host)?;
     let cluster = settings.text("cluster").unwrap_or(cluster::LOCAL).to_owned();
     let job = match selection.job {
         Some(path) => Some(job_file::load(path, &settings.job_overrides, environment)?),

@@ -22,6 +22,8 @@ use crate::{cluster, profile};
 pub enum Source {
     Profile(String),
     Cluster(String),
+    /// Chosen for what a partition offers: `--profile auto`.
+    Auto,
     Job(String),
     Environment(String),
     Flag(String),
@@ -31,7 +33,7 @@ pub enum Source {
 impl Source {
     /// Asked for by whoever starts the run, as opposed to a description of hardware or site.
     pub fn is_request(&self) -> bool {
-        !matches!(self, Self::Profile(_) | Self::Cluster(_))
+        !matches!(self, Self::Profile(_) | Self::Cluster(_) | Self::Auto)
     }
 }
 
@@ -39,12 +41,16 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Profile(file) | Self::Cluster(file) | Self::Job(file) => f.write_str(file),
+            Self::Auto => f.write_str("--profile auto"),
             Self::Environment(variable) => f.write_str(variable),
             Self::Flag(flag) => write!(f, "--{flag}"),
             Self::Set => f.write_str("--set"),
         }
     }
 }
+
+/// In place of a profile's name: the one that suits what the cluster has.
+pub(crate) const AUTO: &str = "auto";
 
 type Layer = BTreeMap<String, (Value, Source)>;
 
@@ -93,12 +99,13 @@ impl Settings {
         let requested = |key| requests.get(key).and_then(|(value, _)| value.as_str());
         let profile = requested("profile").or(selection.default_profile).ok_or_else(|| {
             Failure::msg(Exit::Usage, "no profile is named")
-                .hint(format!("give --profile, one of {}", profile::names(environment).join(", ")))
+                .hint(format!("give --profile, one of {}, or auto", profile::names(environment).join(", ")))
         })?;
         let cluster = requested("cluster").unwrap_or(cluster::LOCAL);
-        let profile_file = profile::find(profile, environment)?;
         let cluster_file = cluster::find(cluster, environment)?;
-        settings.values = Self::of_profile(profile, &profile_file, environment)?.values;
+        if profile != AUTO {
+            settings.values = Self::of_profile(profile, &profile::find(profile, environment)?, environment)?.values;
+        }
         settings.values.insert("cluster".into(), (cluster.into(), Source::Cluster(cluster_file.label.clone())));
         let mut site = file_layer(&cluster_file, &[], Source::Cluster, environment)?;
         site.remove("description");
@@ -108,6 +115,23 @@ impl Settings {
             tracing::debug!(key, %value, %source, "setting");
         }
         Ok(settings)
+    }
+
+    /// These settings, in which the profile is not chosen yet, with `profile` below all of them and `choice` instead of what the cluster
+    /// file says.
+    pub(crate) fn with_profile(&self, profile: &Self, choice: &[(&str, String)]) -> Self {
+        let mut values = profile.values.clone();
+        for (key, value) in &self.values {
+            if key != "profile" {
+                values.insert(key.clone(), value.clone());
+            }
+        }
+        for (key, value) in choice {
+            if !values.get(*key).is_some_and(|(_, source)| source.is_request()) {
+                values.insert((*key).into(), (value.as_str().into(), Source::Auto));
+            }
+        }
+        Self { values, job_overrides: self.job_overrides.clone() }
     }
 
     /// One profile alone.

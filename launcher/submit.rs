@@ -18,8 +18,9 @@ use crate::render::{SECRETS_FILE, binary, job_script, secrets_file, submission_e
 use crate::report::{Exit, Failure, Outcome};
 use crate::resolve::Resolved;
 use crate::rundir::{RunDir, write_atomic};
+use crate::slurm::inventory::{self, Nodes};
 use crate::slurm::job::{self, Job};
-use crate::slurm::parse;
+use crate::slurm::parse::{self, format_time};
 use crate::spec::{RunSpec, Task};
 use crate::state::Status;
 use crate::supervise::narrate;
@@ -57,6 +58,7 @@ fn check_paths(resolved: &Resolved) -> Outcome {
 /// Whether Slurm would take the run, in its own words. Nothing is left behind.
 pub(crate) fn test(resolved: &Resolved, site: &Site, environment: &Environment) -> Outcome<String> {
     check_paths(resolved)?;
+    check_time(site)?;
     let mut spec = resolved.spec.clone();
     if spec.name.is_empty() {
         spec.name = "nemotron-test".into();
@@ -112,15 +114,46 @@ fn fill(
     let script = job_script(&resolved.spec, site, run_dir.path(), &binary(site)?)?;
     let variables = submission_environment(site, environment);
     preflight::folder(run_dir.path(), "login.run_root")?;
-    let words = job::test(&script, &variables)?;
-    if let Some((start, nodes)) = parse::estimate(&words) {
-        narrate(&format!("Slurm expects to start it at {start} on {nodes}"));
-    }
+    check_time(site)?;
+    let doubt = match job::test(&script, &variables) {
+        Ok(words) => {
+            if let Some((start, nodes)) = parse::estimate(&words) {
+                narrate(&format!("Slurm expects to start it at {start} on {nodes}"));
+            }
+            None
+        }
+        // So it says too when the nodes are only drained or down for now.
+        Err(failure) if failure.error.root_cause().to_string().contains(job::NO_NODES) => Some(failure),
+        Err(failure) => return Err(failure),
+    };
     write_atomic(&run_dir.script_file(), script.as_bytes()).context("cannot write job.sbatch")?;
     if let Some(secrets) = secrets {
         write_private(&run_dir.path().join(SECRETS_FILE), secrets).context("cannot write the secrets")?;
     }
-    job::submit(run_dir, &script, &[], &variables)
+    let job = job::submit(run_dir, &script, &[], &variables)?;
+    if let Some(failure) = doubt {
+        job.check_can_start(failure)?;
+    }
+    Ok(job)
+}
+
+/// Slurm takes a job that asks for more time than the partition gives, and never starts it.
+fn check_time(site: &Site) -> Outcome {
+    let Some(time) = site.time() else { return Ok(()) };
+    // Whoever cannot be asked now will say it later.
+    let Ok(nodes) = inventory::ask() else { return Ok(()) };
+    let of_job = |nodes: &&Nodes| site.partition.as_ref().map_or(nodes.is_default, |name| nodes.partition == *name);
+    match nodes.iter().find(of_job) {
+        Some(Nodes { partition, max_time: Some(most), .. }) if time > *most => {
+            let (time, most) = (format_time(time), format_time(*most));
+            let text =
+                format!("Slurm would never start it: partition {partition} gives {most}, the time limit is {time}");
+            Err(Failure::msg(Exit::SchedulerRefused, text).hint(format!(
+                "--time {most} (slurm.time), or another partition; `sinfo -o '%P %l'` shows their limits"
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn write_private(path: &Path, text: &str) -> std::io::Result<()> {

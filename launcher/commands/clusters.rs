@@ -1,12 +1,8 @@
 use std::io::Write as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::mpsc;
-use std::time::Duration;
 
 use anyhow::Context as _;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{User, getuid};
 use serde_json::json;
 
 use crate::cli::ClustersCommand;
@@ -14,11 +10,8 @@ use crate::cluster;
 use crate::env::Environment;
 use crate::report::{Exit, Failure, Outcome, print_json, print_line};
 use crate::settings::Settings;
-use crate::slurm::inventory;
+use crate::slurm::inventory::{self, Habits};
 use crate::supervise::narrate;
-
-/// A controller that is frozen never answers.
-const SINFO_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(crate) fn run(command: &ClustersCommand) -> Outcome {
     let environment = Environment::of_process();
@@ -62,13 +55,14 @@ fn show(name: &str, json: bool, environment: &Environment) -> Outcome {
 }
 
 fn init(partition: Option<&str>, output: Option<&Path>) -> Outcome {
-    let nodes = inventory::nodes(&sinfo()?);
+    let nodes = inventory::ask()?;
     let chosen = inventory::choose(&nodes, partition).ok_or_else(|| {
         let names: Vec<_> = nodes.iter().map(|nodes| nodes.partition.as_str()).collect();
         Failure::msg(Exit::Usage, format!("Slurm has no partition {}", partition.unwrap_or("with nodes")))
             .hint(format!("it reports: {}", names.join(", ")))
     })?;
-    let text = inventory::cluster_file(&nodes, chosen);
+    let user = User::from_uid(getuid()).ok().flatten().map(|user| user.name).unwrap_or_default();
+    let text = inventory::cluster_file(&nodes, chosen, &Habits::ask(&user)?);
     let Some(path) = output else {
         return print_line(text.trim_end()).map(drop);
     };
@@ -76,31 +70,7 @@ fn init(partition: Option<&str>, output: Option<&Path>) -> Outcome {
     file.and_then(|mut file| file.write_all(text.as_bytes()))
         .with_context(|| format!("cannot write {}", path.display()))
         .map_err(|error| Failure::new(Exit::Usage, error))?;
-    narrate(&format!("wrote {}; look at account and run_root", path.display()));
+    let what = "look at account, run_root and fabric, then try it with launch --test-only";
+    narrate(&format!("wrote {}; {what}", path.display()));
     Ok(())
-}
-
-fn sinfo() -> Outcome<String> {
-    let silent = |message: String| Failure::msg(Exit::SchedulerSilent, message);
-    let child = Command::new("sinfo")
-        .args(["-h", "-o", inventory::SINFO_FORMAT])
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let child = child.map_err(|error| silent(format!("cannot run sinfo: {error}")).hint("run it where Slurm is"))?;
-    let pid = child.id();
-    let (sender, receiver) = mpsc::channel();
-    std::thread::spawn(move || sender.send(child.wait_with_output()));
-    let Ok(output) = receiver.recv_timeout(SINFO_TIMEOUT) else {
-        // It has not been waited for, so the id is still its own.
-        _ = i32::try_from(pid).map(|pid| kill(Pid::from_raw(pid), Signal::SIGKILL));
-        return Err(silent(format!("sinfo did not answer within {} s", SINFO_TIMEOUT.as_secs())));
-    };
-    let output = output.context("cannot read what sinfo prints")?;
-    if !output.status.success() {
-        return Err(silent(format!("sinfo failed: {}", String::from_utf8_lossy(&output.stderr).trim())));
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

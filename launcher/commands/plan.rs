@@ -1,5 +1,6 @@
 use std::fmt::Write as _;
 
+use crate::auto;
 use crate::cli::PlanArgs;
 use crate::env::Environment;
 use crate::hardware::GIB;
@@ -8,12 +9,12 @@ use crate::job_file;
 use crate::model::Model;
 use crate::plan::{self, Plan};
 use crate::report::{Outcome, print_json, print_line};
-use crate::settings::{Selection, Settings};
+use crate::settings::Selection;
 
 pub(crate) fn run(args: &PlanArgs) -> Outcome {
     let (environment, host) = (Environment::of_process(), Host::probe()?);
     let selection = Selection { engine: Some(&args.engine), job: args.job.as_deref(), ..Selection::default() };
-    let settings = Settings::resolve(&selection, &environment)?;
+    let settings = auto::settings(&selection, &environment, &host)?;
     if let Some(path) = &args.job {
         job_file::load(path, &settings.job_overrides, &environment)?;
     }

@@ -72,16 +72,10 @@ fn table(status: &Status) -> String {
     let mut view = format!("{}  {}", status.run, line(status));
     let end = if status.phase.is_end() { status.since } else { status.updated };
     let age = end.duration_since(status.started).as_secs_f64();
-    _ = write!(
-        view,
-        "\n{} on {} ({}), attempt {}, started {}, {}",
-        status.task,
-        status.cluster,
-        status.profile,
-        status.attempt,
-        status.started,
-        span(age.max(0.0))
-    );
+    _ = write!(view, "\n{} on {} ({}), attempt {}", status.task, status.cluster, status.profile, status.attempt);
+    if status.supervisor.is_some() {
+        _ = write!(view, ", started {}, {}", status.started, span(age.max(0.0)));
+    }
     if let Some(supervisor) = &status.supervisor {
         _ = write!(view, "\nsupervisor: host {}, pid {}", supervisor.host, supervisor.pid);
     }
@@ -92,6 +86,9 @@ fn table(status: &Status) -> String {
             "\nrows finished {}, prompt tokens {}, generated tokens {}, KV pages {}/{}",
             stats.finished_rows, stats.prompt_tokens, stats.generated_tokens, stats.kv_pages_used, stats.kv_pages_total
         );
+    }
+    if status.ranks.is_empty() {
+        return view;
     }
     _ = write!(
         view,

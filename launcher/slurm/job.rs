@@ -12,9 +12,15 @@ use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::{RunDir, read_json, write_json};
 use crate::slurm::client::{BRIEF, PATIENCE, Request, SlurmError, arguments, ask};
 use crate::slurm::parse::{self, Queued, SQUEUE_FORMAT, State};
+use crate::supervise::narrate;
 
 /// For how long a job is looked for whose submission was not answered.
 const SEARCH: Duration = Duration::from_secs(60);
+
+/// For how long Slurm is asked why a job waits.
+const VERDICT: Duration = Duration::from_secs(5);
+/// How Slurm says that no nodes can be had.
+pub(crate) const NO_NODES: &str = "Requested node configuration is not available";
 
 /// What `job.json` holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +77,26 @@ impl Job {
 
     pub(crate) fn cancel(&self) -> Result<(), SlurmError> {
         ask("scancel", &[self.id.to_string()], &Request::within(PATIENCE)).map(drop)
+    }
+
+    /// After a refusal that `--test-only` gave: whether the job waits for nodes that may come back. One that never will is cancelled.
+    pub(crate) fn check_can_start(&self, refusal: Failure) -> Outcome {
+        let deadline = Instant::now() + VERDICT;
+        loop {
+            let queued = self.look(BRIEF)?.filter(|queued| queued.state.is_waiting());
+            let Some(reason) = queued.map(|queued| parse::reason(&queued.reason)) else { return Ok(()) };
+            if reason.stuck {
+                self.cancel()?;
+                self.wait_gone(SEARCH)?;
+                let error = refusal.error.context(format!("Slurm would never start the job: {}", reason.words));
+                return Err(refusal.hints.into_iter().fold(Failure::new(Exit::SchedulerRefused, error), Failure::hint));
+            }
+            if reason.decided || Instant::now() >= deadline {
+                narrate(&format!("job {} waits: {}", self.id, reason.words));
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// Waits until nothing of the job is left; false when something still is after `limit`.
@@ -168,22 +194,48 @@ fn search(run_dir: &RunDir, before: u64, limit: Duration) -> Result<Option<u64>,
 
 /// What to do about a refusal, by Slurm's own words.
 fn explain(error: SlurmError) -> Failure {
-    const CURES: [(&str, &str); 9] = [
-        ("partition name", "`sinfo -s` lists the partitions; choose one with --partition"),
-        ("Invalid account", "`sacctmgr show associations user=$USER` lists your accounts; choose one with --account"),
-        ("Invalid qos", "choose another --qos, or none"),
-        ("time limit", "choose a shorter --time; `sinfo -o '%P %l'` shows the limits"),
+    const CURES: [(&str, &str); 15] = [
+        ("partition name", "`sinfo -s` lists the partitions; choose one with --partition (slurm.partition)"),
+        (
+            "partition not available",
+            "the partition takes no jobs now; choose another with --partition (slurm.partition)",
+        ),
+        ("not permitted to use this partition", "choose another --partition (slurm.partition), or ask for access"),
+        (
+            "Invalid account",
+            "`sacctmgr show associations user=$USER` lists your accounts; choose one with --account (slurm.account)",
+        ),
+        ("Invalid qos", "choose another --qos (slurm.qos), or none"),
+        (
+            "policy",
+            "a limit of the account or of the quality of service is passed: a shorter --time (slurm.time) or fewer nodes may do; \
+             `squeue --me` shows your jobs",
+        ),
+        ("time limit", "choose a shorter --time (slurm.time); `sinfo -o '%P %l'` shows the limits"),
+        (
+            "Invalid node name",
+            "`sinfo -N` lists the nodes; see --nodelist (slurm.nodelist) and --exclude (slurm.exclude)",
+        ),
+        ("Node count", "the partition gives fewer nodes to a job; choose another --partition or profile"),
+        ("CPU count", "the nodes have fewer processors; see slurm.quirks.cpus_per_task"),
+        ("emory specification", "the nodes have less memory; see slurm.quirks.mem"),
         (
             "node configuration",
-            "no nodes of the partition have what is asked for; `sinfo -o '%P %D %G %f %c %m'` shows what they have",
+            "no nodes of the partition have what is asked for; `sinfo -o '%P %D %G %f %c %m'` shows what they have \
+             (slurm.partition, slurm.constraint, slurm.quirks.gres_type)",
         ),
-        ("feature specification", "choose another --constraint; `sinfo -o '%P %f'` shows the features"),
+        (
+            "feature specification",
+            "choose another --constraint (slurm.constraint); `sinfo -o '%P %f'` shows the features",
+        ),
         (
             "generic resource",
             "the site counts devices otherwise; see slurm.quirks.gpu_request and slurm.quirks.gres_type",
         ),
-        ("policy", "a limit of the account is reached; `squeue --me` shows your jobs"),
-        ("reservation", "choose another --reservation, or none; `scontrol show reservation` lists them"),
+        (
+            "reservation",
+            "choose another --reservation (slurm.reservation), or none; `scontrol show reservation` lists them",
+        ),
     ];
     let text = error.to_string();
     let is_refusal = matches!(error, SlurmError::Refused { .. });
@@ -195,6 +247,9 @@ fn explain(error: SlurmError) -> Failure {
     };
     match CURES.iter().find(|(words, _)| is_refusal && text.contains(words)) {
         Some((_, cure)) => failure.hint(*cure),
+        None if text.contains("unrecognized option") => {
+            failure.hint("this site's Slurm has no such option; see slurm.extra")
+        }
         None => failure,
     }
 }

@@ -271,12 +271,14 @@ pub struct Reason {
     pub words: String,
     /// It will not start by itself: somebody must change something.
     pub stuck: bool,
+    /// Slurm has looked at it.
+    pub decided: bool,
 }
 
 /// What a reason of squeue (`%r`) means.
 pub fn reason(text: &str) -> Reason {
     let text = text.trim().trim_start_matches('(').trim_end_matches(')');
-    let known = |words: &str, stuck| Reason { words: words.into(), stuck };
+    let known = |words: &str, stuck| Reason { words: words.into(), stuck, decided: !matches!(text, "" | "None") };
     let word = text.split([',', ' ', ':']).next().unwrap_or_default();
     match word {
         "" | "None" => known("Slurm has not looked at it yet", false),
@@ -296,6 +298,7 @@ pub fn reason(text: &str) -> Reason {
         "job_requeued_in_held_state" => known("it was put back into the queue, and is held", true),
         "PartitionNodeLimit" => known("it asks for more nodes than the partition gives", true),
         "PartitionTimeLimit" => known("it asks for more time than the partition gives", true),
+        "PartitionConfig" => known("the partition has no nodes with what it asks for", true),
         "PartitionDown" => known("the partition is down", false),
         "PartitionInactive" => known("the partition takes no jobs", true),
         "AccountNotAllowed" => known("the account may not use the partition", true),
@@ -444,7 +447,7 @@ mod tests {
     #[test]
     fn reasons_say_who_must_act() {
         let stuck = "DependencyNeverSatisfied JobHeldUser JobHeldAdmin launch_failed_requeued_held PartitionNodeLimit PartitionTimeLimit \
-                     QOSMaxWallDurationPerJobLimit AssocMaxNodePerJobLimit BadConstraints";
+                     QOSMaxWallDurationPerJobLimit AssocMaxNodePerJobLimit BadConstraints PartitionConfig";
         for word in stuck.split_whitespace() {
             assert!(reason(word).stuck, "{word}");
         }

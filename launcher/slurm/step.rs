@@ -41,6 +41,8 @@ pub(crate) struct Step {
     /// What srun says, read so far.
     words: Vec<String>,
     tail: Option<Tail>,
+    /// How many of those lines [`Ranks::refused`] has looked at.
+    known: usize,
     refused: BTreeSet<usize>,
     collapse: Option<String>,
 }
@@ -84,6 +86,7 @@ impl Step {
             attempt: 0,
             srun: None,
             words: Vec::new(),
+            known: 0,
             tail: None,
             refused: BTreeSet::new(),
             collapse: None,
@@ -95,13 +98,11 @@ impl Step {
         self.allocation.nodes.get(rank / self.per_node).map_or("?", String::as_str)
     }
 
-    /// Reads what srun has said since the last look; whether that was anything.
-    fn listen(&mut self) -> bool {
+    /// Reads what srun has said since the last look.
+    fn listen(&mut self) {
         let news = self.tail.as_mut().and_then(|tail| tail.lines().ok()).unwrap_or_default();
-        let any = !news.is_empty();
         // Ranks write to logs of their own, so this is little; but a container may be talkative.
         self.words.extend(news.into_iter().take(MOST_LINES.saturating_sub(self.words.len())));
-        any
     }
 }
 
@@ -176,6 +177,7 @@ impl Ranks for Step {
             .context("cannot start srun")?;
         self.srun = Some(child);
         self.words.clear();
+        self.known = 0;
         self.refused.clear();
         self.tail = Some(Tail::new(self.run_dir.step_log(attempt)));
         Ok(())
@@ -218,10 +220,9 @@ impl Ranks for Step {
     }
 
     fn refused(&mut self) -> Vec<(usize, Exit, String)> {
-        if !self.listen() {
-            return Vec::new();
-        }
-        let ended = self.words.iter().filter_map(|line| ended_tasks(line));
+        self.listen();
+        let known = std::mem::replace(&mut self.known, self.words.len());
+        let ended = self.words[known..].iter().filter_map(|line| ended_tasks(line));
         let ended: Vec<(String, String)> = ended.map(|(tasks, how)| (tasks.to_owned(), how.to_owned())).collect();
         let mut refused = Vec::new();
         for (tasks, how) in ended {
@@ -235,7 +236,7 @@ impl Ranks for Step {
                     let of_node =
                         how.ends_with(&format!("exit code {}", Exit::Preflight as u8)) || own.contains("execve()");
                     if own.contains("execve()") {
-                        own += "; slurm.binary must be nemotron as every node sees it";
+                        own += "; slurm.binary and container.runtime must name what every node has";
                     }
                     let exit = if of_node { Exit::Preflight } else { Exit::Rendezvous };
                     refused.push((rank, exit, if own.is_empty() { how.clone() } else { own }));

@@ -81,7 +81,7 @@ pub(super) struct Supervisor<'a> {
     pub(super) members: Vec<Member>,
     pub(super) course: Course,
     faults: Vec<Fault>,
-    verdict: Option<Verdict>,
+    pub(super) verdict: Option<Verdict>,
     /// What asked for the end.
     wish: Option<Wish>,
     /// A rank was signalled by the scheduler; it counts from this moment on.
@@ -491,7 +491,7 @@ impl<'a> Supervisor<'a> {
                 let limit = span(self.spec.deadlines.drain.as_secs_f64());
                 self.finish(Verdict::stopped(wish, format!("what ran was not finished within {limit}")));
             }
-            Course::Ending { kill_at: Some(kill_at) } if now >= kill_at => {
+            Course::Ending { kill_at: Some(kill_at) } if now >= kill_at || self.is_deserted(now) => {
                 self.ranks.kill_all();
                 self.course = Course::Ending { kill_at: None };
             }

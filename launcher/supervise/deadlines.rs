@@ -113,6 +113,12 @@ impl Supervisor<'_> {
         fault
     }
 
+    /// Every rank that can be reached has ended after one was lost. A step waits long for a node that does not answer.
+    pub(super) fn is_deserted(&self, now: Instant) -> bool {
+        let lost = self.verdict.as_ref().is_some_and(|verdict| verdict.exit == Some(Exit::RankLost));
+        lost && self.members.iter().all(|member| member.is_gone(now, AFTER_COLLAPSE))
+    }
+
     /// The step that held the ranks is gone, and nothing else has explained it.
     pub(super) fn has_collapsed(&self, now: Instant) -> bool {
         self.collapsed.as_ref().is_some_and(|&(at, _)| now.duration_since(at) >= AFTER_COLLAPSE)

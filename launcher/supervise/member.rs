@@ -60,6 +60,11 @@ impl Member {
         self.link.is_some() && self.closed.is_none()
     }
 
+    /// It never connected, or its connection ended at least so long ago.
+    pub(super) fn is_gone(&self, now: Instant, since: Duration) -> bool {
+        self.link.is_none() || self.closed.is_some_and(|at| now.duration_since(at) >= since)
+    }
+
     /// Its preflight is over.
     pub(super) fn has_joined(&self) -> bool {
         self.status.phase >= Some(Phase::Rendezvous)

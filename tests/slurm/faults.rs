@@ -4,7 +4,6 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 use super::support::{Cluster, PATIENCE, frozen};
 
@@ -17,18 +16,45 @@ fn faults_are_found_and_named() {
         ("a node that starts no rank", a_node_that_starts_no_rank),
         ("a start is cancelled by hand", a_start_is_cancelled_by_hand),
         ("a silent controller", a_silent_controller),
+        ("a start is cancelled at any time", a_start_is_cancelled_at_any_time),
+        ("a node that dies", a_node_that_dies),
+        ("a node without its network", a_node_without_its_network),
     ]);
+}
+
+/// On a cluster of its own, because it takes half a minute to be sure that a rank stands still.
+#[test]
+fn a_stopped_rank_is_found_and_named() {
+    let Some(cluster) = Cluster::up('p', &[]) else { return };
+    cluster.run(&[("a stopped rank", |cluster| {
+        assert_eq!(cluster.launch("stopped", &["--serve", "--wait", "ready"]).0, 0);
+        let pid = cluster.pid("stopped", 3);
+        let start = Instant::now();
+        kill(pid, Signal::SIGSTOP).unwrap();
+        let who = format!("rank 3 (host {}, pid {pid})", cluster.nodes[1]);
+        let took = ends_with(cluster, "stopped", 26, &who, start);
+        assert!(took < Duration::from_secs(40), "{took:?}");
+    })]);
+}
+
+/// The run ends with this exit code and names this; how long that took.
+fn ends_with(cluster: &Cluster, run: &str, exit: i32, who: &str, start: Instant) -> Duration {
+    let (code, _, stderr) = cluster.nemotron(&["wait", run, "--for", "done", "--timeout", "60"]);
+    let took = start.elapsed();
+    assert_eq!(code, exit, "{stderr}");
+    assert!(stderr.contains(who), "{who}: {stderr}");
+    assert!(!cluster.file(run, "endpoint.json").exists());
+    took
 }
 
 fn a_killed_rank(cluster: &Cluster) {
     assert_eq!(cluster.launch("killed", &["--serve", "--wait", "ready"]).0, 0);
-    let pid = cluster.status("killed")["ranks"][3]["process"]["pid"].as_i64().unwrap();
+    let pid = cluster.pid("killed", 3);
     let start = Instant::now();
-    kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGKILL).unwrap();
-    let (code, _, stderr) = cluster.nemotron(&["wait", "killed", "--for", "done", "--timeout", "30"]);
-    assert_eq!(code, 25, "{stderr}");
+    kill(pid, Signal::SIGKILL).unwrap();
     let who = format!("rank 3 (host {}, pid {pid})", cluster.nodes[1]);
-    assert!(stderr.contains(&who) && cluster.last_words("killed").contains(&who), "{stderr}");
+    ends_with(cluster, "killed", 25, &who, start);
+    assert!(cluster.last_words("killed").contains(&who));
     cluster.is_free();
     assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
 }
@@ -75,4 +101,57 @@ fn a_silent_controller(cluster: &Cluster) {
         fs::remove_dir_all(unknown).unwrap();
     });
     cluster.stdout(&["cancel", "unheard"]);
+}
+
+/// Whatever the run is doing, Slurm's own cancellation ends it soon, and nothing is left.
+fn a_start_is_cancelled_at_any_time(cluster: &Cluster) {
+    for (number, pause) in [0, 100, 200, 300, 500, 900].into_iter().enumerate() {
+        let run = format!("cancelled-{number}");
+        let sixteen =
+            ["launch", "--cluster", "site.toml", "--profile", "h100x16", "--set", "device=cpu", "--port", "0"];
+        let (code, _, stderr) =
+            cluster.nemotron(&[&sixteen[..], &["--serve", "--model", "builtin", "--name", &run]].concat());
+        assert_eq!(code, 0, "{stderr}");
+        std::thread::sleep(Duration::from_millis(pause));
+        let phase = cluster.status(&run)["phase"].clone();
+        let start = Instant::now();
+        cluster.slurm(&format!("scancel {}", cluster.job(&run)));
+        cluster.is_free();
+        let took = start.elapsed();
+        println!("  {phase}: {:.1} s", took.as_secs_f64());
+        assert!(took < Duration::from_secs(5), "{phase}: {took:?}");
+        // A server that was ready has been drained, which is a success.
+        let (code, _, stderr) = cluster.nemotron(&["wait", &run, "--for", "done", "--timeout", "30"]);
+        assert!(code == 143 || code == 0, "{phase}: {code} {stderr}");
+        assert_eq!(cluster.processes(&run), [0; 0], "{phase}");
+        assert!(!cluster.file(&run, "endpoint.json").exists(), "{phase}");
+    }
+}
+
+fn a_node_that_dies(cluster: &Cluster) {
+    let [_, second] = &cluster.nodes;
+    assert_eq!(cluster.launch("dead", &["--serve", "--wait", "ready"]).0, 0);
+    let start = Instant::now();
+    // Power is gone: slurmd and everything that it started.
+    assert!(cluster.script(&["node", "crash", second]).status.success());
+    let took = ends_with(cluster, "dead", 25, &format!("(host {second}, pid "), start);
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    assert!(cluster.script(&["node", "start", second]).status.success());
+}
+
+fn a_node_without_its_network(cluster: &Cluster) {
+    let [_, second] = &cluster.nodes;
+    assert_eq!(cluster.launch("cut", &["--serve", "--wait", "ready"]).0, 0);
+    let start = Instant::now();
+    assert!(cluster.script(&["node", "cut", second]).status.success());
+    // The supervisor's own connections notice: Slurm would need minutes.
+    let took = ends_with(cluster, "cut", 25, &format!("(host {second}, pid "), start);
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    // Nor do the ranks behind the cut outlive it.
+    let deadline = Instant::now() + PATIENCE;
+    while !cluster.processes("cut").is_empty() {
+        assert!(Instant::now() < deadline, "{:?}", cluster.processes("cut"));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(cluster.script(&["node", "heal", second]).status.success());
 }

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod containers;
 mod faults;
+mod nodes;
 mod start;
 mod support;

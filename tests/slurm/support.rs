@@ -55,7 +55,8 @@ impl Cluster {
             nodes: [1, 2].map(|number| format!("{name}-{number:02}")),
             home: tempfile::tempdir().unwrap(),
         };
-        let nodes = format!("{name}=2x8");
+        // The feature says what the devices are.
+        let nodes = format!("{name}=2x8:h100+gpu80g");
         let up = cluster.script(&[&["up", "--net", "netns", "--nodes", &nodes], options].concat());
         if !up.status.success() {
             println!("skipped: no Slurm: {}", String::from_utf8_lossy(&up.stderr));
@@ -143,6 +144,23 @@ impl Cluster {
         kill(Pid::from_raw(pid.trim().parse().unwrap()), signal).unwrap();
     }
 
+    /// Ids of the processes that have the run's directory among their arguments.
+    pub(super) fn processes(&self, run: &str) -> Vec<i32> {
+        let run_dir = self.file(run, "").display().to_string();
+        let of_run = |pid: &i32| {
+            let arguments = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            arguments.split('\0').any(|argument| argument == run_dir.trim_end_matches('/'))
+        };
+        let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+        pids.filter(of_run).collect()
+    }
+
+    /// Process id of a rank.
+    pub(super) fn pid(&self, run: &str, rank: usize) -> Pid {
+        let pid = self.status(run)["ranks"][rank]["process"]["pid"].as_i64().unwrap();
+        Pid::from_raw(i32::try_from(pid).unwrap())
+    }
+
     /// Waits until no job holds anything.
     pub(super) fn is_free(&self) {
         let deadline = Instant::now() + PATIENCE;
@@ -164,6 +182,20 @@ pub(super) fn frozen(cluster: &Cluster, daemon: &str, scenario: impl FnOnce()) {
     cluster.daemon(daemon, Signal::SIGSTOP);
     let outcome = catch_unwind(AssertUnwindSafe(scenario));
     cluster.daemon(daemon, Signal::SIGCONT);
+    outcome.unwrap();
+}
+
+/// Runs while the second node sees an empty folder where `path` is: a mount that is missing there.
+pub(super) fn hidden(cluster: &Cluster, path: &Path, scenario: impl FnOnce()) {
+    let node = fs::read_to_string(cluster.dir.join(format!("run/slurmd-{}.pid", cluster.nodes[1]))).unwrap();
+    let on_node = |line: &str| {
+        let mut command = Command::new("nsenter");
+        command.args(["-t", node.trim(), "-m"]).args(line.split(' ')).arg(path);
+        assert_eq!(finish(&mut command).0, 0, "{command:?}");
+    };
+    on_node("mount -t tmpfs none");
+    let outcome = catch_unwind(AssertUnwindSafe(scenario));
+    on_node("umount");
     outcome.unwrap();
 }
 
