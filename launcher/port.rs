@@ -1,13 +1,16 @@
 //! A port that is ours before it answers: taken early, so that a second server fails at once, but refusing connections until the model is ready.
 
+use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket, sockopt,
 };
+use nix::unistd::{Uid, User};
 
 use crate::report::{Exit, Failure, Outcome};
 
@@ -24,10 +27,11 @@ impl Port {
             let text = format!("cannot take {address}");
             let failure = Failure::new(Exit::Preflight, anyhow::Error::new(io::Error::from(errno)).context(text));
             match errno {
-                Errno::EADDRINUSE => failure.hint(format!(
-                    "port {} is in use: choose another with --port, or --port 0 for any",
-                    address.port()
-                )),
+                Errno::EADDRINUSE => {
+                    let port = address.port();
+                    let by = holder(port).map_or_else(String::new, |holder| format!(" by {holder}"));
+                    failure.hint(format!("port {port} is in use{by}: choose another with --port, or --port 0 for any"))
+                }
                 Errno::EACCES => failure.hint("ports below 1024 are for root: choose another with --port"),
                 Errno::EADDRNOTAVAIL => failure.hint("--host must be an address of this machine"),
                 _ => failure,
@@ -48,6 +52,28 @@ impl Port {
         })?;
         Ok(TcpListener::from(self.socket))
     }
+}
+
+/// Who listens on a port of this host, as far as the system tells: `user alice, pid 4711`.
+fn holder(port: u16) -> Option<String> {
+    const LISTENING: &str = "0A";
+    let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|table| fs::read_to_string(table).unwrap_or_default());
+    let (uid, inode) = tables.iter().flat_map(|table| table.lines()).find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let (_, local) = fields.get(1)?.rsplit_once(':')?;
+        let is_it = u16::from_str_radix(local, 16) == Ok(port) && fields.get(3) == Some(&LISTENING);
+        is_it.then_some((fields.get(7)?.parse::<u32>().ok()?, (*fields.get(9)?).to_owned()))
+    })?;
+    let user = User::from_uid(Uid::from_raw(uid)).ok().flatten().map_or_else(|| uid.to_string(), |user| user.name);
+    // Only processes of this user can be looked into.
+    let socket = format!("socket:[{inode}]");
+    let holds = |process: &PathBuf| {
+        let descriptors = fs::read_dir(process.join("fd")).into_iter().flatten().filter_map(Result::ok);
+        descriptors.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|link| link.as_os_str() == socket.as_str())
+    };
+    let process = fs::read_dir("/proc").ok()?.filter_map(|entry| Some(entry.ok()?.path())).find(holds);
+    let pid = process.as_deref().and_then(Path::file_name).and_then(|pid| pid.to_str());
+    Some(format!("user {user}{}", pid.map_or_else(String::new, |pid| format!(", pid {pid}"))))
 }
 
 fn bound(address: SocketAddr) -> Result<OwnedFd, Errno> {
@@ -89,7 +115,9 @@ mod tests {
 
         let listener = port.listen().unwrap();
         let mut client = TcpStream::connect(address).unwrap();
-        assert_eq!(Port::bind(address).err().unwrap().exit, Exit::Preflight);
+        let refused = Port::bind(address).err().unwrap();
+        assert_eq!(refused.exit, Exit::Preflight);
+        assert!(refused.to_string().contains(&format!(", pid {}:", std::process::id())), "{refused}");
 
         // The server closes first, so its side lingers in TIME_WAIT; the port can be taken again all the same.
         drop((listener.accept().unwrap(), listener));

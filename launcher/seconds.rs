@@ -30,3 +30,28 @@ pub(crate) fn parse(text: &str) -> Result<Duration, &'static str> {
     let duration = Duration::try_from_secs_f64(seconds * scale).map_err(|_| EXPECTED)?;
     if duration <= MAX { Ok(duration) } else { Err(EXPECTED) }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn any_text_is_survived(text in "\\PC{0,20}|[-+.0-9einfasmh ]{0,12}") {
+            if let Ok(duration) = parse(&text) {
+                prop_assert!(duration <= MAX);
+            }
+        }
+
+        #[test]
+        fn units_are_multiples_of_seconds(count in 0_u64..8_000) {
+            let seconds = |text: String| parse(&text).map(|duration| duration.as_secs());
+            prop_assert_eq!(seconds(format!("{count}")), Ok(count));
+            prop_assert_eq!(seconds(format!("{count}s")), Ok(count));
+            prop_assert_eq!(seconds(format!("{count}m")), Ok(60 * count));
+            prop_assert_eq!(seconds(format!("{count}h")), Ok(3600 * count));
+        }
+    }
+}

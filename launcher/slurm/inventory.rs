@@ -233,4 +233,12 @@ mod tests {
             assert_eq!(settings.count("hardware.gpus_per_node"), (partition != "cpu").then_some(8));
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_survived(text in "\\PC{0,60}|[a-z0-9|*:,()=\\n]{0,80}") {
+            let nodes = nodes(&text);
+            let _ = (choose(&nodes, None), Habits::of_config(&text), gpus(&text));
+        }
+    }
 }

@@ -17,6 +17,7 @@ fn runs_start_and_end() {
     cluster.run(&[
         ("a server on two nodes", a_server_on_two_nodes),
         ("a job gives what one rank gives", a_job_gives_what_one_rank_gives),
+        ("what a launch says", what_a_launch_says),
         ("sixteen ranks", sixteen_ranks),
         ("a refused job", a_refused_job),
         ("a cluster file is written", a_cluster_file_is_written),
@@ -65,6 +66,27 @@ fn a_job_gives_what_one_rank_gives(cluster: &Cluster) {
     assert_eq!(texts("here.jsonl"), texts("there.jsonl"));
 }
 
+/// What a launch prints: for people, for scripts, and while it is followed.
+fn what_a_launch_says(cluster: &Cluster) {
+    let job = |name: &str, more: &[&str]| {
+        let file = job_file(cluster.home.path(), &format!("{name}.jsonl"));
+        let (code, stdout, stderr) = cluster.launch(name, &[&["--job", &file], more].concat());
+        assert_eq!(code, 0, "{stderr}");
+        (stdout, stderr)
+    };
+    let (stdout, stderr) = job("parsable", &["--parsable", "--detach"]);
+    assert_eq!((stdout.as_str(), stderr.contains("next: ")), ("parsable\n", false), "{stderr}");
+    let (stdout, stderr) = job("json", &["--json", "--wait", "done"]);
+    let said: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!((said["run"].as_str(), said["job"].to_string()), (Some("json"), cluster.job("json")));
+    assert!(stderr.contains("PENDING") || stderr.contains("PREFLIGHT"), "{stderr}");
+    let (stdout, stderr) = job("followed", &["--follow"]);
+    for expected in ["submitted job ", "joined   r03", "phase    DONE", "ended"] {
+        assert!(stdout.contains(expected), "{expected}: {stdout}");
+    }
+    assert!(stderr.contains("nemotron cancel followed"), "{stderr}");
+}
+
 /// The recipe's own layout, with processors in place of devices; and with devices that have no driver.
 fn sixteen_ranks(cluster: &Cluster) {
     let start = Instant::now();
@@ -90,7 +112,7 @@ fn sixteen_ranks(cluster: &Cluster) {
     assert!(tested.contains("to start at"), "{tested}");
     let (code, _, stderr) = cluster.nemotron(&[&profile[..], &["--name", "devices", "--wait", "ready"]].concat());
     assert_eq!(code, 23, "{stderr}");
-    assert!(stderr.contains("no CUDA driver is installed"), "{stderr}");
+    assert!(stderr.contains("no NVIDIA driver"), "{stderr}");
 }
 
 /// What Slurm refuses: its reason, what to do, and nothing left of the run.
@@ -195,6 +217,7 @@ fn secrets_stay_secret(cluster: &Cluster) {
     }
     assert_eq!(found(&cluster.slurm(&format!("scontrol show job {}", cluster.job("secret")))), None);
     cluster.stdout(&["cancel", "secret"]);
+    assert_eq!(fs::metadata(cluster.file("secret", "")).unwrap().mode() & 0o777, 0o700);
     let (mut folders, mut files) = (vec![cluster.file("secret", "")], 0);
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(folder).unwrap() {

@@ -185,18 +185,23 @@ pub(super) fn frozen(cluster: &Cluster, daemon: &str, scenario: impl FnOnce()) {
     outcome.unwrap();
 }
 
-/// Runs while the second node sees an empty folder where `path` is: a mount that is missing there.
-pub(super) fn hidden(cluster: &Cluster, path: &Path, scenario: impl FnOnce()) {
+/// Runs while the second node sees something else where `path` is; `mount` says what.
+pub(super) fn covered(cluster: &Cluster, mount: &str, path: &Path, scenario: impl FnOnce()) {
     let node = fs::read_to_string(cluster.dir.join(format!("run/slurmd-{}.pid", cluster.nodes[1]))).unwrap();
     let on_node = |line: &str| {
         let mut command = Command::new("nsenter");
         command.args(["-t", node.trim(), "-m"]).args(line.split(' ')).arg(path);
         assert_eq!(finish(&mut command).0, 0, "{command:?}");
     };
-    on_node("mount -t tmpfs none");
+    on_node(mount);
     let outcome = catch_unwind(AssertUnwindSafe(scenario));
     on_node("umount");
     outcome.unwrap();
+}
+
+/// Runs while the second node sees an empty folder where `path` is: a mount that is missing there.
+pub(super) fn hidden(cluster: &Cluster, path: &Path, scenario: impl FnOnce()) {
+    covered(cluster, "mount -t tmpfs none", path, scenario);
 }
 
 /// A job file in `folder` with three short prompts, whose rows go to `output` beside it.
