@@ -3,6 +3,9 @@
 
 static constexpr unsigned SPLIT_TOKENS = 256u;
 static constexpr unsigned NO_ROW = 4294967295u;
+static constexpr unsigned GEMM_TILE_N = 128u;
+static constexpr unsigned GEMM_STAGE_COLS = 64u;
+static constexpr unsigned GEMM_STAGES = 3u;
 static constexpr unsigned STORE_F32 = 0u;
 static constexpr unsigned STORE_BF16 = 1u;
 static constexpr unsigned STORE_RELU2_BF16 = 2u;

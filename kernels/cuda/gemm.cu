@@ -3,7 +3,7 @@
 // so a row's bits do not depend on the rows beside it.
 #include "device.h"
 
-static constexpr u32 TILE_N = 128, STAGE_COLS = 64, STAGES = 4;
+static constexpr u32 TILE_N = GEMM_TILE_N, STAGE_COLS = GEMM_STAGE_COLS, STAGES = GEMM_STAGES;
 // 16-byte groups of a stage's row. Group g of row r lies at g ^ (r % 8), so that neither the copies nor ldmatrix meet in a bank.
 static constexpr u32 GROUPS = STAGE_COLS / 8;
 

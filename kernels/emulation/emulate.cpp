@@ -42,7 +42,7 @@ std::map<std::string, Kernel>& kernels() {
     return all;
 }
 
-enum class State { ready, at_barrier, in_warp, done };
+enum class State { ready, spinning, at_barrier, in_warp, done };
 struct Copy { void* to; const void* from; bool valid; };
 struct Block;
 
@@ -234,7 +234,23 @@ void begin(Block& block, const Launch& launch, Index index) {
     }
 }
 
-// Runs blocks side by side until all are done.
+// Lets the threads of `turn` from `first` on go as far as they can alone; `true` if one of them moved.
+bool advance(const std::vector<Fiber*>& turn, std::size_t first, std::size_t count) {
+    bool moved = false;
+    for (bool again = true; again;) {
+        again = false;
+        for (std::size_t i = first; i < std::min(first + count, turn.size()); ++i) {
+            if (turn[i]->state != State::ready) continue;
+            enter(*turn[i]);
+            if (!error.empty()) return false;
+            again = moved = true;
+        }
+    }
+    return moved;
+}
+
+// Runs blocks side by side until all are done. In order, a warp goes as far as it can before the next one begins; shuffled, all threads
+// go from one meeting to the next.
 void run(std::vector<std::unique_ptr<Block>>& blocks, std::size_t count, std::mt19937_64& random) {
     std::vector<Fiber*> turn;
     for (std::size_t b = 0; b < count; ++b)
@@ -243,13 +259,13 @@ void run(std::vector<std::unique_ptr<Block>>& blocks, std::size_t count, std::mt
     for (;;) {
         if (order.kind == 2) std::shuffle(turn.begin(), turn.end(), random);
         bool moved = false, left = false;
-        for (Fiber* fiber : turn) {
-            left |= fiber->state != State::done;
-            if (fiber->state != State::ready) continue;
-            enter(*fiber);
-            moved = true;
+        for (Fiber* fiber : turn)
+            if (fiber->state == State::spinning) fiber->state = State::ready;
+        for (std::size_t i = 0; i < turn.size(); i += order.kind == 2 ? 1 : 32) {
+            moved |= advance(turn, i, order.kind == 2 ? 1 : 32);
             if (!error.empty()) return;
         }
+        for (Fiber* fiber : turn) left |= fiber->state != State::done;
         if (!left) return;
         if (moved) continue;
         for (Fiber* fiber : turn)
@@ -309,7 +325,10 @@ void barrier(const char* where) {
     if (running->state == State::at_barrier) leave(false);
 }
 
-void give_way() { leave(false); }
+void give_way() {
+    running->state = State::spinning;
+    leave(false);
+}
 
 void meet(u32 mask, void* in, void* out, Act act, const char* where) {
     Fiber& self = *running;
@@ -381,7 +400,7 @@ u64 emulation_args_bytes(const char* kernel) {
 }
 
 // Runs launches of equal grids, block i of all of them side by side, as kernels of several devices that wait for each other run.
-// Threads run in the order of their numbers (`kind` 0), in the opposite one (1), or shuffled by `seed` (2).
+// Warps run in the order of their numbers (`kind` 0), in the opposite one (1), or all threads shuffled by `seed` (2).
 // Returns null, or what is wrong, valid until this thread's next call.
 const char* emulation_launch(const EmulatedLaunch* launches, u64 count, int kind, u64 seed) {
     const std::lock_guard lock(emulation::device);

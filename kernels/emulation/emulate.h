@@ -1,6 +1,6 @@
 // CUDA's names for kernel sources that are compiled as C++ (cuda/device.h). Every CUDA thread is a fiber; the fibers take turns on one
 // OS thread and give way only at barriers, warp operations and spins. This finds what a run on a device may hide:
-//   - a missing barrier: fibers run forwards, backwards or shuffled, so a race changes the result;
+//   - a missing barrier: warps run far ahead of each other, in either order, or threads shuffled, so a race changes the result;
 //   - threads that meet at different barriers or warp operations, or not at all;
 //   - shared memory that nobody wrote (it begins as NaN), and, with the sanitizers, any access outside an array;
 //   - background copies used before they were waited for: they are carried out by the wait, as late as may be.

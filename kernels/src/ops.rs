@@ -35,6 +35,9 @@ pub const MAX_PARTS: u32 = 64;
 pub(crate) const CONSTANTS: &[(&str, u32)] = &[
     ("SPLIT_TOKENS", SPLIT_TOKENS),
     ("NO_ROW", NO_ROW),
+    ("GEMM_TILE_N", Gemm::TILE_N),
+    ("GEMM_STAGE_COLS", Gemm::STAGE_COLS),
+    ("GEMM_STAGES", Gemm::STAGES),
     ("STORE_F32", Store::F32 as u32),
     ("STORE_BF16", Store::Bf16 as u32),
     ("STORE_RELU2_BF16", Store::Relu2Bf16 as u32),
@@ -537,7 +540,7 @@ impl Gemm {
     /// Rows of W of one block, and columns of one stage of its pipeline.
     const TILE_N: u32 = 128;
     const STAGE_COLS: u32 = 64;
-    const STAGES: u32 = 4;
+    const STAGES: u32 = 3;
 
     const fn shared_bytes(rows: u32) -> u32 {
         Self::STAGES * (Self::TILE_N + rows) * Self::STAGE_COLS * 2

@@ -182,19 +182,20 @@ fn prefill_is_softmax_attention() {
 #[test]
 fn a_row_has_the_same_bits_in_any_chunk_and_batch() {
     for (heads, kv_heads, dim) in [(12, 1, 192), (4, 2, 64), (6, 1, 16)] {
-        let len = SPLIT + 75;
-        let cache = Cache::new(heads, kv_heads, dim, 16, &[len, 30]);
-        let all = cache.run(&[(0, 0, len)], false);
-        for (first, count) in [(0, 1), (1, 70), (SPLIT - 1, 2), (SPLIT + 3, 40)] {
-            let chunk = cache.run(&[(1, 0, 30), (0, first, count)], false);
-            assert!(chunk[30..] == all[first..first + count], "{count} tokens from {first}");
+        let cache = Cache::new(heads, kv_heads, dim, 16, &[SPLIT + 30, 12]);
+        // Tokens on both sides of the border of splits, with all that stand before them in the cache.
+        let start = SPLIT - 12;
+        let all = cache.run(&[(0, start, 40)], false);
+        for (first, count) in [(0, 1), (3, 7), (11, 2), (14, 26)] {
+            let chunk = cache.run(&[(1, 5, 7), (0, start + first, count)], false);
+            assert!(chunk[7..] == all[first..first + count], "{count} tokens from {}", start + first);
         }
-        for position in [0, 62, SPLIT - 1, SPLIT, len - 1] {
-            let alone = cache.run(&[(0, position, 1)], true);
-            assert!(alone[0] == all[position], "decode at position {position}");
-            let batch = cache.run(&[(1, 29, 1), (0, position, 1), (1, 3, 1)], true);
-            assert!(batch[1] == all[position], "decode at position {position} in a batch");
+        for row in [0, 11, 12, 39] {
+            let alone = cache.run(&[(0, start + row, 1)], true);
+            assert!(alone[0] == all[row], "decode at position {}", start + row);
         }
+        let batch = cache.run(&[(1, 11, 1), (0, start + 20, 1), (1, 3, 1)], true);
+        assert!(batch[1] == all[20], "decode in a batch");
     }
 }
 

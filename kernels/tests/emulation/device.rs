@@ -27,19 +27,23 @@ struct Emulated {
 fn library() -> &'static Library {
     static LIBRARY_CELL: OnceLock<Library> = OnceLock::new();
     LIBRARY_CELL.get_or_init(|| {
-        let path = std::env::var_os(LIBRARY).map_or_else(|| build("emulation", &[]), PathBuf::from);
+        let path = std::env::var_os(LIBRARY).map_or_else(|| build("emulation", &sources(), &[]), PathBuf::from);
         // SAFETY: the library is ours; its initialisers only fill a table.
         unsafe { Library::new(&path) }.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     })
 }
 
-/// Builds the kernels for the CPU with more compiler flags.
-pub(crate) fn build(name: &str, flags: &[&str]) -> PathBuf {
+/// The kernels' own sources.
+pub(crate) fn sources() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda")
+}
+
+/// Builds the kernels of a folder for the CPU, with more compiler flags.
+pub(crate) fn build(name: &str, sources: &Path, flags: &[&str]) -> PathBuf {
     let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}.so", std::process::id()));
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let status =
-        Command::new(root.join("emulation/build")).arg(&out).arg(root.join("cuda")).args(flags).status().unwrap();
-    assert!(status.success(), "the emulation does not compile");
+    let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("emulation/build");
+    let status = Command::new(build).arg(&out).arg(sources).args(flags).status().unwrap();
+    assert!(status.success(), "the emulation of {} does not compile", sources.display());
     out
 }
 

@@ -5,6 +5,7 @@
 mod attention;
 mod device;
 mod gemm;
+mod mutants;
 mod norm;
 #[path = "../../../engine/src/request.rs"]
 #[expect(dead_code, unreachable_pub, reason = "the engine's own file, for its sampler")]

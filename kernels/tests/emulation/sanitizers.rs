@@ -2,14 +2,15 @@
 
 use std::process::Command;
 
-use super::device::{LIBRARY, build};
+use super::device::{LIBRARY, build, sources};
 
 #[test]
 fn nothing_is_accessed_outside_of_its_memory() {
     if std::env::var_os(LIBRARY).is_some() {
         return;
     }
-    let library = build("sanitized", &["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]);
+    let library =
+        build("sanitized", &sources(), &["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]);
     // The sanitizers look for what they watch when the process starts, C++ exceptions too.
     let runtimes = ["libasan.so", "libstdc++.so"].map(|name| {
         let path = Command::new("g++").arg(format!("-print-file-name={name}")).output().unwrap().stdout;
