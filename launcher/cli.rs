@@ -11,6 +11,11 @@ use clap::builder::{NonEmptyStringValueParser, PossibleValuesParser};
 use clap::{Args, ColorChoice, CommandFactory, Parser, Subcommand, ValueEnum};
 use nemotron_engine::job::JobSampling;
 
+mod runs;
+mod slurm;
+
+pub use self::runs::*;
+pub use self::slurm::*;
 use crate::keys;
 
 /// Run Nemotron-4-340B and its smaller relatives: launcher, engine and client in one binary
@@ -143,48 +148,6 @@ pub struct EndpointOptions {
     pub idle_timeout: Option<Duration>,
 }
 
-/// How far a run goes on by itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
-#[command(next_help_heading = "Going on")]
-pub struct ContinuationArgs {
-    /// Start again after a failure that another start may cure; those that the run is not to blame for are not counted
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub retries: Option<u32>,
-    /// Jobs of Slurm that may follow one whose time is over, until the rows are done
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub chain: Option<u32>,
-}
-
-/// What to ask Slurm for; the letters are those of sbatch.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
-#[command(next_help_heading = "Slurm")]
-pub struct SlurmArgs {
-    /// Account that is charged
-    #[arg(short = 'A', long, value_name = "ACCOUNT")]
-    pub account: Option<String>,
-    /// Partition
-    #[arg(short, long, value_name = "PARTITION")]
-    pub partition: Option<String>,
-    /// Quality of service
-    #[arg(long, value_name = "QOS")]
-    pub qos: Option<String>,
-    /// Time limit: minutes, HH:MM:SS or D-HH:MM:SS
-    #[arg(short, long, value_name = "TIME", value_parser = crate::slurm::parse::time_limit_flag)]
-    pub time: Option<Duration>,
-    /// Features that the nodes must have
-    #[arg(short = 'C', long, value_name = "LIST")]
-    pub constraint: Option<String>,
-    /// Reservation
-    #[arg(long, value_name = "NAME")]
-    pub reservation: Option<String>,
-    /// Nodes that must be among the job's
-    #[arg(short = 'w', long, value_name = "HOSTS")]
-    pub nodelist: Option<String>,
-    /// Nodes that must not be
-    #[arg(short = 'x', long, value_name = "HOSTS")]
-    pub exclude: Option<String>,
-}
-
 #[derive(Clone, Debug, Default, Args)]
 #[command(after_help = "Examples:
   nemotron launch --profile cpu --serve
@@ -239,36 +202,6 @@ pub struct TaskArgs {
     /// Work through a job file and end
     #[arg(long, value_name = "FILE", help_heading = "Launching")]
     pub job: Option<PathBuf>,
-}
-
-#[derive(Clone, Debug, Default, Args)]
-#[command(after_help = "Examples:
-  nemotron render --profile h100x16 --cluster dgx-h100-ib --serve
-  nemotron render --profile h100x16 --cluster dgx-h100-ib --serve --explain")]
-pub struct RenderArgs {
-    #[command(flatten)]
-    pub engine: EngineArgs,
-    #[command(flatten)]
-    pub task: TaskArgs,
-    #[command(flatten)]
-    pub endpoint: EndpointOptions,
-    #[command(flatten)]
-    pub slurm: SlurmArgs,
-    /// Cluster: a name or a .toml file
-    #[arg(long, value_name = "CLUSTER", help_heading = "Rendering")]
-    pub cluster: Option<String>,
-    /// Name of the run; that of the profile when not given
-    #[arg(long, value_name = "NAME", help_heading = "Rendering")]
-    pub name: Option<String>,
-    /// Write job.sbatch and run.lock.toml into this folder instead
-    #[arg(short, long, value_name = "DIR", help_heading = "Rendering")]
-    pub output: Option<PathBuf>,
-    /// Show each value and where it came from instead
-    #[arg(long, conflicts_with_all = ["output", "diff"], help_heading = "Rendering")]
-    pub explain: bool,
-    /// Show what differs from the script of an earlier run instead
-    #[arg(long, value_name = "RUN", conflicts_with = "output", help_heading = "Rendering")]
-    pub diff: Option<String>,
 }
 
 /// How far `launch --wait` and `wait --for` go.
@@ -346,129 +279,6 @@ pub struct InspectArgs {
     /// Print one JSON object on stdout
     #[arg(long)]
     pub json: bool,
-}
-
-#[derive(Clone, Debug, Args)]
-pub struct StatusArgs {
-    /// Name of a run, a unique prefix of it, or `latest`; all runs when not given
-    pub run: Option<String>,
-    /// Show it again whenever it changes
-    #[arg(long)]
-    pub watch: bool,
-    /// Print one JSON object on stdout (with --watch, one a line)
-    #[arg(long)]
-    pub json: bool,
-}
-
-#[derive(Clone, Debug, Args)]
-pub struct LogsArgs {
-    /// Name of a run, a unique prefix of it, or `latest`
-    pub run: String,
-    /// Wait for more until the run ends
-    #[arg(short, long)]
-    pub follow: bool,
-    /// Only this rank, without the prefix
-    #[arg(long, value_name = "N")]
-    pub rank: Option<usize>,
-}
-
-#[derive(Clone, Debug, Args)]
-pub struct EventsArgs {
-    /// Name of a run, a unique prefix of it, or `latest`
-    pub run: String,
-    /// Wait for more until the run ends
-    #[arg(short, long)]
-    pub follow: bool,
-    /// Print the JSON objects, one a line
-    #[arg(long)]
-    pub json: bool,
-}
-
-#[derive(Clone, Debug, Args)]
-#[command(after_help = "Exit code: 0 when the run has come so far, 124 when the time is over, else that of the run.")]
-pub struct WaitArgs {
-    /// Name of a run, a unique prefix of it, or `latest`
-    pub run: String,
-    /// How far the run must come
-    #[arg(long = "for", value_name = "PHASE")]
-    pub target: WaitFor,
-    /// Give up after so long (`90`, `90s`, `5m`, `2h`)
-    #[arg(long, value_name = "DURATION", value_parser = crate::seconds::parse)]
-    pub timeout: Option<Duration>,
-}
-
-#[derive(Clone, Debug, Args)]
-pub struct EndpointArgs {
-    /// Name of a run, a unique prefix of it, or `latest`
-    pub run: String,
-    /// Print one JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
-}
-
-#[derive(Clone, Debug, Args)]
-pub struct CancelArgs {
-    /// Names of runs, unique prefixes of them, or `latest`
-    #[arg(required = true, value_name = "RUN")]
-    pub runs: Vec<String>,
-    /// Do not let running requests finish
-    #[arg(long)]
-    pub now: bool,
-}
-
-#[derive(Clone, Debug, Default, Args)]
-#[command(
-    after_help = "Rows that are done are not generated again, and the output is byte for byte what an undisturbed run gives, also with other
-devices, ranks or nodes. Flags replace what the run was launched with. Exit codes are those of `launch --job`."
-)]
-pub struct ResumeArgs {
-    /// Name of a run, a unique prefix of it, or `latest`
-    pub run: String,
-    #[command(flatten)]
-    pub engine: EngineArgs,
-    #[command(flatten)]
-    pub slurm: SlurmArgs,
-    #[command(flatten)]
-    pub continuation: ContinuationArgs,
-    /// Return when the run has come so far; on Slurm only
-    #[arg(long, value_name = "PHASE")]
-    pub wait: Option<WaitFor>,
-    /// Go on although input, job file or model have changed: rows that would now be others are generated again
-    #[arg(long)]
-    pub allow_changed: bool,
-    /// Return as soon as the attempt has been started
-    #[arg(long)]
-    pub detach: bool,
-    /// Print one JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
-}
-
-#[derive(Clone, Debug, Args)]
-#[command(
-    after_help = "Exit code of verify: 0 when the output is there and right, 30 when rows are missing, 32 when the output is
-missing or not what the journal says."
-)]
-pub struct ResultsArgs {
-    /// Name of a run, a unique prefix of it, or `latest`
-    pub run: String,
-    /// What to do with its rows
-    #[arg(value_name = "VIEW")]
-    pub view: ResultsView,
-    /// Print one JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// What `results` shows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ResultsView {
-    /// Compare the output with the journal and the input: each row once, in order, byte for byte
-    Verify,
-    /// Count rows, tokens, endings and attempts
-    Stats,
-    /// Print the lines of rows that failed
-    Failed,
 }
 
 #[derive(Clone, Debug, Args)]
