@@ -82,6 +82,7 @@ fn run(command: Command) -> Outcome {
         Command::Profiles(command) => commands::profiles::run(&command),
         Command::Clusters(command) => commands::clusters::run(&command),
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Convert(args) => commands::convert::run(&args),
         Command::Status(args) => commands::status::run(&args),
         Command::Logs(args) => commands::logs::run(&args),
         Command::Events(args) => commands::events::run(&args),

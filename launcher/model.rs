@@ -51,7 +51,7 @@ impl Model {
         }
     }
 
-    /// Name and sizes.
+    /// Name and sizes, for which the metadata of a checkpoint is enough.
     ///
     /// # Errors
     /// The checkpoint is bad.
@@ -62,7 +62,7 @@ impl Model {
                 let config = config.ok_or_else(|| Failure::msg(Exit::Internal, format!("unknown model {name}")))?;
                 Ok((name.clone(), config))
             }
-            Self::Source(source) => Ok((name(source), checkpoint::open(source)?.config().clone())),
+            Self::Source(source) => Ok((name(source), checkpoint::open_headers(source)?.config().clone())),
         }
     }
 

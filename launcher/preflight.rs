@@ -9,6 +9,7 @@ use std::thread;
 
 use anyhow::Context as _;
 use nemotron_engine::checkpoint::{self, CheckpointError};
+use nemotron_engine::config::Mesh;
 use nemotron_engine::rank::ModelSource;
 use nix::sys::statvfs::statvfs;
 
@@ -27,9 +28,9 @@ const ROOM_BYTES: u64 = 64 << 20;
 ///
 /// # Errors
 /// Which file, on which host, and why not.
-pub(crate) fn model(source: &ModelSource) -> Outcome {
+pub(crate) fn model(source: &ModelSource, mesh: Mesh) -> Outcome {
     let ModelSource::Path(path) = source else { return Ok(()) };
-    let checkpoint = checkpoint::open(source).map_err(|error| match error {
+    let checkpoint = checkpoint::open_for(source, mesh).map_err(|error| match error {
         CheckpointError::Io { .. }
         | CheckpointError::NotFound { .. }
         | CheckpointError::MissingTensor { .. }
@@ -101,24 +102,25 @@ mod tests {
     use super::*;
 
     const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/golden/tiny-hf");
+    const ONE_RANK: Mesh = Mesh { tp: 1, pp: 1 };
 
     #[test]
     fn a_file_that_is_missing_or_cut_is_named() {
-        model(&ModelSource::Builtin).unwrap();
-        model(&ModelSource::Path(TINY.into())).unwrap();
+        model(&ModelSource::Builtin, ONE_RANK).unwrap();
+        model(&ModelSource::Path(TINY.into()), ONE_RANK).unwrap();
         let copy = tempfile::tempdir().unwrap();
         for entry in fs::read_dir(TINY).unwrap() {
             let path = entry.unwrap().path();
             fs::copy(&path, copy.path().join(path.file_name().unwrap())).unwrap();
         }
         let source = ModelSource::Path(copy.path().into());
-        model(&source).unwrap();
+        model(&source, ONE_RANK).unwrap();
         fs::remove_file(copy.path().join("model-00002-of-00002.safetensors")).unwrap();
-        let failure = model(&source).unwrap_err();
+        let failure = model(&source, ONE_RANK).unwrap_err();
         assert_eq!(failure.exit, Exit::Preflight);
         let text = failure.to_string();
         assert!(text.contains("model-00002-of-00002.safetensors") && text.contains(&hostname()), "{text}");
-        let nowhere = model(&ModelSource::Path("/no/such/model".into())).unwrap_err();
+        let nowhere = model(&ModelSource::Path("/no/such/model".into()), ONE_RANK).unwrap_err();
         assert!(nowhere.exit == Exit::Preflight && nowhere.to_string().contains("/no/such/model"));
     }
 

@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use hmac::{Hmac, Mac as _};
 use nemotron_engine::engine::EngineStats;
 use nemotron_engine::job::JobProgress;
-use nemotron_engine::report::Phase;
+use nemotron_engine::report::{Load, Phase};
 use nemotron_engine::wire::{self, Acceptor, WireError};
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
@@ -97,7 +97,7 @@ pub(crate) enum Up {
     /// The rank entered a phase; `Rendezvous` says that its preflight is over.
     Phase { phase: Phase },
     /// Sent twice a second whatever happens: share of the phase that is done, steps since start.
-    Heartbeat { progress: f64, steps: u64 },
+    Heartbeat { progress: f64, steps: u64, load: Load },
     /// Rank 0 only.
     Stats { stats: EngineStats, job: Option<JobProgress> },
     /// Rank 0 works; `url` when it serves.

@@ -169,8 +169,23 @@ impl From<anyhow::Error> for Failure {
 
 impl From<CheckpointError> for Failure {
     fn from(error: CheckpointError) -> Self {
-        Self::new(Exit::Checkpoint, anyhow::Error::new(error).context("the checkpoint cannot be used"))
-            .hint("a model is the directory of a Hugging Face or of an extracted NeMo checkpoint, or `builtin`")
+        let hint = match &error {
+            CheckpointError::Mesh { path, wanted, .. } => format!(
+                "nemotron convert {} NEW-DIRECTORY --to shards --tp {} --pp {}",
+                path.display(),
+                wanted.tp,
+                wanted.pp
+            ),
+            CheckpointError::Corrupt { .. } => {
+                "copy the file again; `nemotron inspect --verify` compares all files".into()
+            }
+            CheckpointError::Link { .. } => "copy the file into the directory of the checkpoint".into(),
+            _ => {
+                "a model is a Hugging Face or NeMo directory, a .nemo or .gguf file, or `builtin` (docs/checkpoints.md)"
+                    .into()
+            }
+        };
+        Self::new(Exit::Checkpoint, anyhow::Error::new(error).context("the checkpoint cannot be used")).hint(hint)
     }
 }
 

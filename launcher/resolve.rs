@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nemotron_engine::checkpoint;
 use nemotron_engine::rank::ModelSource;
 
 use crate::auto;
@@ -201,6 +202,7 @@ fn resolve_with(
     let (model_name, config) = model.describe()?;
     let model = weights(model)?;
     let plan = Plan::new(plan::Model { name: &model_name, config: &config }, &settings, host)?.check(&config, host)?;
+    checkpoint::preflight(&model, plan.mesh)?;
     let ranks_here = plan.hardware.devices_per_node;
     let site = Site::of_settings(&settings, &plan, environment)?;
     let threads = settings.count("threads").or(site.as_ref().and_then(|site| site.cpus_per_task));

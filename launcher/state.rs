@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use nemotron_engine::engine::EngineStats;
 use nemotron_engine::job::JobProgress;
-use nemotron_engine::report::Phase;
+use nemotron_engine::report::{Load, Phase};
 use serde::{Deserialize, Serialize};
 
 use crate::events::now;
@@ -126,6 +126,9 @@ pub(crate) struct RankStatus {
     pub(crate) phase: Option<Phase>,
     /// Share of the phase that is done, 0..=1.
     pub(crate) progress: f64,
+    /// Its weights.
+    #[serde(default)]
+    pub(crate) load: Load,
     pub(crate) steps: u64,
     /// How its process ended.
     pub(crate) ended: Option<String>,
@@ -255,6 +258,27 @@ impl Status {
         let failure = Failure::msg(exit, format!("run {} is {}: {cause}", self.run, self.phase));
         let failure = end.hints.iter().cloned().fold(failure, Failure::hint);
         Err(failure.hint(format!("nemotron logs {}", self.run)))
+    }
+
+    /// How far the weights are, in words: bytes and rate of all ranks together, time left, and the rank that is behind.
+    pub(crate) fn loading(&self) -> Option<String> {
+        let sum = |of: fn(&Load) -> u64| self.ranks.iter().map(|rank| of(&rank.load)).sum::<u64>() as f64;
+        let (read, total) = (sum(|load| load.bytes_read), sum(|load| load.bytes_total));
+        let share = |rank: &RankStatus| rank.load.bytes_read as f64 / rank.load.bytes_total.max(1) as f64;
+        let slowest = self.ranks.iter().min_by(|a, b| share(a).total_cmp(&share(b)))?;
+        let seconds = self.ranks.iter().map(|rank| rank.load.seconds).fold(0.0, f64::max);
+        if total == 0.0 || seconds == 0.0 {
+            return None;
+        }
+        let rate = read / seconds;
+        let mut text = format!("{:.1}/{:.1} GB, {:.2} GB/s", read / 1e9, total / 1e9, rate / 1e9);
+        if read < total && rate > 0.0 {
+            text += &format!(", {:.0} s left", (total - read) / rate);
+        }
+        if self.ranks.len() > 1 && read < total {
+            text += &format!(", rank {} is slowest at {:.0} %", slowest.rank, share(slowest) * 100.0);
+        }
+        Some(text)
     }
 
     /// Mean progress of the ranks that are in the run's phase; ranks ahead of it have finished it.

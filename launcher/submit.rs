@@ -50,7 +50,7 @@ pub(crate) fn check_only_writer(resolved: &Resolved) -> Outcome {
 
 /// What can be known on this host about the nodes' chances: they see the same file systems as a rule.
 fn check_paths(resolved: &Resolved) -> Outcome {
-    preflight::model(&resolved.spec.model)?;
+    preflight::model(&resolved.spec.model, resolved.spec.mesh)?;
     let output = resolved.job.as_ref().and_then(|job| job.file.output.path.parent());
     output.map_or(Ok(()), |folder| preflight::folder(folder, "output.path of the job file"))
 }

@@ -16,7 +16,7 @@ use nemotron_engine::checkpoint;
 use nemotron_engine::engine::Engine;
 use nemotron_engine::job::{Job, JobError, JobProgress, Journal, JournalOptions};
 use nemotron_engine::rank::{self, Device, EngineError, ModelSource, Peers, Rank, RankSpec};
-use nemotron_engine::report::{Phase, Reporter};
+use nemotron_engine::report::{Load, Phase, Reporter};
 use nemotron_engine::serve::{self, ServeOptions};
 use nemotron_engine::tokenizer::Tokenizer;
 use nix::sys::prctl::set_pdeathsig;
@@ -122,6 +122,7 @@ struct Post {
     phase: Mutex<Option<Phase>>,
     /// Bits of an f64.
     progress: AtomicU64,
+    load: Mutex<Load>,
     steps: AtomicU64,
     engine: OnceLock<Engine>,
     job: Mutex<Option<JobProgress>>,
@@ -137,6 +138,7 @@ impl Post {
             messages: Mutex::new(sender),
             phase: Mutex::new(None),
             progress: AtomicU64::new(0),
+            load: Mutex::default(),
             steps: AtomicU64::new(0),
             engine: OnceLock::new(),
             job: Mutex::new(None),
@@ -182,7 +184,7 @@ impl Post {
 
     fn beat(&self, link: &Link) -> anyhow::Result<()> {
         let progress = f64::from_bits(self.progress.load(Ordering::Relaxed));
-        link.send(&Up::Heartbeat { progress, steps: self.steps.load(Ordering::Relaxed) })?;
+        link.send(&Up::Heartbeat { progress, steps: self.steps.load(Ordering::Relaxed), load: *lock(&self.load) })?;
         match self.engine.get() {
             Some(engine) => link.send(&Up::Stats { stats: engine.stats(), job: *lock(&self.job) }),
             None => Ok(()),
@@ -200,6 +202,10 @@ impl Reporter for Post {
 
     fn progress(&self, done: f64) {
         self.progress.store(done.to_bits(), Ordering::Relaxed);
+    }
+
+    fn load(&self, load: Load) {
+        *lock(&self.load) = load;
     }
 
     fn steps(&self, steps: u64) {
@@ -305,7 +311,7 @@ impl Member<'_> {
         }
         if self.spec.site.is_some() && self.spec.local_rank(self.rank) == 0 {
             // The first rank of a node looks for all of its node.
-            preflight::model(&self.spec.model)?;
+            preflight::model(&self.spec.model, self.spec.mesh)?;
             preflight::folder(self.run_dir.path(), "login.run_root")?;
         }
         let errand = if self.rank == 0 { Some(self.preflight()?) } else { None };
@@ -370,7 +376,10 @@ impl Member<'_> {
                     ModelSource::Path(path) => Some(model::directory(path)),
                     ModelSource::Builtin => None,
                 };
-                let chat = ChatTemplate::for_checkpoint(folder.as_deref());
+                let chat = match checkpoint::open(&self.spec.model)?.chat_template() {
+                    Some(template) => ChatTemplate::from_source(&template, "of the checkpoint"),
+                    None => ChatTemplate::for_checkpoint(folder.as_deref()),
+                };
                 let chat = chat.map_err(|error| Failure::new(Exit::Checkpoint, error))?;
                 Ok(Errand::Serve { port: Port::bind((host, port).into())?, token, strict, chat })
             }

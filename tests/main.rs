@@ -4,6 +4,7 @@
 
 mod batch;
 mod bench;
+mod checkpoints;
 mod cli;
 mod docs;
 mod doctor;

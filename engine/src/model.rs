@@ -147,44 +147,41 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
         let config = source.config();
         mesh.check(config)?;
         let (tp, tp_rank) = (mesh.tp, mesh.tp_rank(rank));
-        let shard = |size: usize| tp_rank * size / tp..(tp_rank + 1) * size / tp;
-        let (heads, kv_heads) = (shard(config.num_heads), shard(config.num_kv_heads));
-        let head_rows = |heads: std::ops::Range<usize>| heads.start * config.head_dim..heads.end * config.head_dim;
         let shape = HeadShape {
-            heads: heads.len(),
-            kv_heads: kv_heads.len(),
+            heads: config.num_heads / tp,
+            kv_heads: config.num_kv_heads / tp,
             head_dim: config.head_dim,
             rotary_dim: config.rotary_dim(),
             rope_theta: config.rope_theta,
         };
-        let tensor = |name| source.tensor(name);
-        let norm = |gamma, beta| -> Result<_, EngineError> { Ok(backend.norm(&tensor(gamma)?, &tensor(beta)?)?) };
+        let shard = |name: TensorName| source.shard(name, mesh, rank);
+        let norm = |gamma, beta| -> Result<_, EngineError> { Ok(backend.norm(&shard(gamma)?, &shard(beta)?)?) };
         let matrix = |part: Tensor| backend.matrix(&part);
 
         let stage_layers = mesh.layers(rank, config);
         let is_first = mesh.stage(rank) == 0;
         let is_last = mesh.stage(rank) == mesh.pp - 1;
-        let vocab = shard(config.vocab_size);
+        let vocab = config.vocab_size / tp;
         let embedding = if is_first {
-            let table = matrix(tensor(TensorName::Embedding)?.slice_rows(vocab.clone()))?;
-            Some(Embedding { table, first_id: vocab.start as u32 })
+            let table = matrix(shard(TensorName::Embedding)?)?;
+            Some(Embedding { table, first_id: (tp_rank * vocab) as u32 })
         } else {
             None
         };
         let mut layers = Vec::with_capacity(stage_layers.len());
         for layer in stage_layers.clone() {
             let qkv = Tensor::stack([
-                tensor(TensorName::Query(layer))?.slice_rows(head_rows(heads.clone())),
-                tensor(TensorName::Key(layer))?.slice_rows(head_rows(kv_heads.clone())),
-                tensor(TensorName::Value(layer))?.slice_rows(head_rows(kv_heads.clone())),
+                shard(TensorName::Query(layer))?,
+                shard(TensorName::Key(layer))?,
+                shard(TensorName::Value(layer))?,
             ]);
             layers.push(Layer {
                 attention_norm: norm(TensorName::AttentionNormGamma(layer), TensorName::AttentionNormBeta(layer))?,
                 qkv: matrix(qkv)?,
-                output: matrix(tensor(TensorName::Output(layer))?.slice_cols(head_rows(heads.clone())))?,
+                output: matrix(shard(TensorName::Output(layer))?)?,
                 mlp_norm: norm(TensorName::MlpNormGamma(layer), TensorName::MlpNormBeta(layer))?,
-                up: matrix(tensor(TensorName::Up(layer))?.slice_rows(shard(config.ffn_size)))?,
-                down: matrix(tensor(TensorName::Down(layer))?.slice_cols(shard(config.ffn_size)))?,
+                up: matrix(shard(TensorName::Up(layer))?)?,
+                down: matrix(shard(TensorName::Down(layer))?)?,
                 kv: backend.kv_cache(limits.num_pages, limits.page_tokens, &shape)?,
             });
             progress(layers.len() as f64 / stage_layers.len() as f64);
@@ -193,10 +190,10 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
             let rows = LOGIT_ROWS;
             Some(Head {
                 norm: norm(TensorName::FinalNormGamma, TensorName::FinalNormBeta)?,
-                matrix: matrix(tensor(TensorName::Head)?.slice_rows(vocab.clone()))?,
+                matrix: matrix(shard(TensorName::Head)?)?,
                 x: backend.buffer(rows, config.hidden_size)?,
                 h: backend.operand(rows, config.hidden_size)?,
-                local: if tp > 1 { Some(backend.buffer(rows, vocab.len())?) } else { None },
+                local: if tp > 1 { Some(backend.buffer(rows, vocab)?) } else { None },
                 logits: backend.buffer(rows, config.vocab_size)?,
                 is_sampling: tp_rank == 0,
             })

@@ -2,17 +2,19 @@
 
 use std::net::TcpStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::backend::BackendError;
 use crate::backend::cpu::CpuBackend;
-use crate::checkpoint::{self, CheckpointError};
+use crate::checkpoint::{self, CheckpointError, Manifest, ReadingPlan};
 use crate::collective::CollectiveError;
 use crate::collective::host::HostCollective;
 use crate::config::MeshError;
 use crate::engine::{Engine, EngineInfo, FRAME_END, FRAME_MAX, FRAME_PLAN, FRAME_RESULT, start_leader};
 use crate::mesh::{ConnectError, Control, connect_mesh};
 use crate::model::Model;
-use crate::report::{Phase, Reporter};
+use crate::report::{Load, Phase, Reporter};
 use crate::request::{Event, LogprobSpec, Request, RowError, Sampling, Stopping};
 use crate::runner::Runner;
 pub use crate::spec::{Device, Limits, ModelSource, Peers, RankSpec};
@@ -47,7 +49,7 @@ pub fn start(spec: &RankSpec, peers: Option<Peers>, reporter: Arc<dyn Reporter>)
         let Err(reason) = nemotron_kernels::probe();
         return Err(BackendError::Unavailable { device: "CUDA", reason: reason.to_string() }.into());
     }
-    let source = checkpoint::open(&spec.model)?;
+    let source = checkpoint::open_for(&spec.model, mesh)?;
     let config = source.config().clone();
     mesh.check(&config)?;
     let tokenizer = source.tokenizer()?;
@@ -64,8 +66,11 @@ pub fn start(spec: &RankSpec, peers: Option<Peers>, reporter: Arc<dyn Reporter>)
 
     reporter.phase(Phase::Loading);
     let backend = CpuBackend::new(spec.threads, spec.dtype)?;
-    let progress = |done| reporter.progress(done);
-    let model = Model::load(backend, collective, source.as_ref(), mesh, rank, &limits, progress)?;
+    let plan = ReadingPlan::of_rank(source.as_ref(), mesh, rank)?;
+    let manifest = Manifest::of(&spec.model)?;
+    let model = while_reading(&plan, manifest.as_ref(), reporter.as_ref(), |progress| {
+        Model::load(backend, collective, source.as_ref(), mesh, rank, &limits, progress)
+    })?;
     let runner = Runner::new(model, vocab_size, limits.max_sequences);
 
     reporter.phase(Phase::Warmup);
@@ -89,6 +94,36 @@ pub fn start(spec: &RankSpec, peers: Option<Peers>, reporter: Arc<dyn Reporter>)
             Ok(Rank::Leader(engine))
         }
     }
+}
+
+/// Calls `load`, which uses the bytes of the plan, while other threads read them ahead of it; it is over when both are.
+fn while_reading<T>(
+    plan: &ReadingPlan,
+    manifest: Option<&Manifest>,
+    reporter: &dyn Reporter,
+    load: impl FnOnce(&dyn Fn(f64)) -> Result<T, EngineError>,
+) -> Result<T, EngineError> {
+    const TICK: Duration = Duration::from_millis(20);
+    let (start, bytes_total) = (Instant::now(), plan.num_bytes());
+    let (read, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let report = |loaded: f64| {
+        let bytes_read = read.load(Ordering::Relaxed);
+        reporter.load(Load { bytes_read, bytes_total, seconds: start.elapsed().as_secs_f64() });
+        reporter.progress(loaded.min(bytes_read as f64 / bytes_total.max(1) as f64));
+    };
+    std::thread::scope(|scope| {
+        let reading = scope.spawn(|| plan.read(manifest, &read, &stop));
+        let loaded = load(&report);
+        stop.store(loaded.is_err(), Ordering::Relaxed);
+        while !reading.is_finished() {
+            report(1.0);
+            std::thread::sleep(TICK);
+        }
+        report(1.0);
+        // What is wrong with a file says more than what came of it.
+        reading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        loaded
+    })
 }
 
 /// Decodes two tokens across all ranks: a prompt step and a decode step have then run everywhere.

@@ -14,12 +14,23 @@ pub enum Phase {
     Done,
 }
 
+/// How far a rank is with reading its weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Load {
+    pub bytes_read: u64,
+    pub bytes_total: u64,
+    /// Since it began.
+    pub seconds: f64,
+}
+
 /// Receives a rank's progress. Calls are cheap and never block on the network.
 pub trait Reporter: Send + Sync {
     /// The rank entered a phase.
     fn phase(&self, phase: Phase);
     /// Share of the current phase that is done, 0..=1.
     fn progress(&self, done: f64);
+    /// How far the weights are.
+    fn load(&self, _load: Load) {}
     /// Steps that the thread which waits on the device has completed since start.
     fn steps(&self, steps: u64);
 }

@@ -5,6 +5,7 @@ pub(crate) mod bench;
 pub(crate) mod cancel;
 pub(crate) mod clusters;
 pub(crate) mod completions;
+pub(crate) mod convert;
 pub(crate) mod doctor;
 pub(crate) mod endpoint;
 pub(crate) mod events;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use nemotron_engine::engine::EngineStats;
 use nemotron_engine::job::JobProgress;
-use nemotron_engine::report::Phase;
+use nemotron_engine::report::{Load, Phase};
 use nix::sys::signal::Signal;
 
 use super::display::span;
@@ -249,18 +249,25 @@ impl<'a> Supervisor<'a> {
         let member = &mut self.members[rank];
         match message {
             Up::Phase { phase } => {
-                member.status.phase = Some(phase);
+                let before = member.status.phase.replace(phase);
                 member.status.progress = 0.0;
                 let host = member.status.process.as_ref().map_or("", |process| &process.host);
+                let Load { bytes_read, seconds, .. } = member.status.load;
+                if before == Some(Phase::Loading) && seconds > 0.0 {
+                    let rate = bytes_read as f64 / 1e9 / seconds;
+                    let text = format!("{bytes_read} bytes in {seconds:.3} s, {rate:.2} GB/s");
+                    self.record.event(Event::new("loaded").rank(rank, host).text(text));
+                }
                 self.record.event(Event::new("phase").rank(rank, host).phase(phase.into()));
                 self.record.changed = true;
             }
-            Up::Heartbeat { progress, steps } => {
+            Up::Heartbeat { progress, steps, load } => {
                 if member.status.steps != steps {
                     self.moved = Instant::now();
                 }
                 member.status.progress = progress;
                 member.status.steps = steps;
+                member.status.load = load;
             }
             Up::Stats { stats, job } => self.measured(stats, job),
             Up::Ready { url } => {

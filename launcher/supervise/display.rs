@@ -120,6 +120,9 @@ pub(crate) fn line(status: &Status) -> String {
         }
     } else if !status.phase.is_end() && status.phase != RunPhase::Pending {
         _ = write!(line, " {:3.0} %", status.progress() * 100.0);
+        if let (RunPhase::Loading, Some(loading)) = (status.phase, status.loading()) {
+            _ = write!(line, ", {loading}");
+        }
     }
     if let Some(deadline) = status.deadline {
         let left = deadline.duration_since(Timestamp::now()).as_secs_f64();

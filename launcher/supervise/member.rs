@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use nemotron_engine::report::Phase;
+use nemotron_engine::report::{Load, Phase};
 
 use crate::rendezvous::{Hello, Link, RankEnd};
 use crate::state::RankStatus;
@@ -35,7 +35,16 @@ pub(super) enum Death {
 
 impl Member {
     pub(super) fn new(rank: usize, device: String) -> Self {
-        let status = RankStatus { rank, device, process: None, phase: None, progress: 0.0, steps: 0, ended: None };
+        let status = RankStatus {
+            rank,
+            device,
+            process: None,
+            phase: None,
+            progress: 0.0,
+            load: Load::default(),
+            steps: 0,
+            ended: None,
+        };
         Self {
             status,
             address: None,

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::thread::sleep;
 
 use nemotron_engine::engine::EngineStats;
-use nemotron_engine::report::Phase;
+use nemotron_engine::report::{Load, Phase};
 use tempfile::TempDir;
 
 use super::*;
@@ -75,7 +75,7 @@ fn fake_rank() {
     if part == "hangs" {
         let link = link.clone();
         std::thread::spawn(move || {
-            while link.send(&Up::Heartbeat { progress: 0.0, steps: 3 }).is_ok() {
+            while link.send(&Up::Heartbeat { progress: 0.0, steps: 3, load: Load::default() }).is_ok() {
                 sleep(Duration::from_millis(100));
             }
         });

@@ -1,12 +1,14 @@
 //! Hugging Face checkpoints: `config.json` beside `model.safetensors`, or beside shards and their index.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::folder::{Folder, is_plain_name, text};
+use super::folder::{Folder, Member, is_plain_name};
+use super::grid::Values;
 use super::safetensors_file::{Entry, read_header};
-use super::{Block, CheckpointError, CheckpointSource, Storage, StoredTensor, Tensor, TensorName};
+use super::{CheckpointError, CheckpointSource, Grid, StoredDtype, StoredTensor, TensorName};
 use crate::config::ModelConfig;
 use crate::tokenizer::Tokenizer;
 
@@ -15,7 +17,9 @@ const GENERATION_CONFIG: &str = "generation_config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// The SentencePiece model is the original; `tokenizer.json` is derived from it and does not always give the same ids.
-const TOKENIZERS: [&str; 2] = ["tokenizer.model", "tokenizer.json"];
+pub(super) const TOKENIZERS: [&str; 2] = ["tokenizer.model", "tokenizer.json"];
+/// Files that go with a tokenizer.
+pub(super) const COMPANIONS: [&str; 3] = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
 
 pub(super) struct HfCheckpoint {
     folder: Folder,
@@ -28,7 +32,7 @@ pub(super) struct HfCheckpoint {
 
 struct WeightFile {
     name: String,
-    storage: Storage,
+    member: Member,
     tensors: Vec<Entry>,
 }
 
@@ -36,25 +40,21 @@ impl HfCheckpoint {
     pub(super) fn open(folder: Folder) -> Result<Self, CheckpointError> {
         let mut files = Vec::new();
         let mut find = |name: &str| {
-            let storage = folder.find(name)?;
-            files.extend(storage.iter().map(|storage| (name.to_owned(), storage.bytes().len() as u64)));
-            Ok::<_, CheckpointError>(storage)
+            let member = folder.find(name)?;
+            files.extend(member.iter().map(|member| (name.to_owned(), member.len as u64)));
+            Ok::<_, CheckpointError>(member)
         };
 
-        let config_path = folder.path(CONFIG);
-        let config = find(CONFIG)?.ok_or_else(|| missing(&folder, "it has no config.json"))?;
-        let generation_config_path = folder.path(GENERATION_CONFIG);
-        let generation_config = find(GENERATION_CONFIG)?;
-        let generation_config =
-            generation_config.as_ref().map(|storage| text(&generation_config_path, storage)).transpose()?;
-        let config = ModelConfig::from_hf_json(text(&config_path, &config)?, generation_config)
-            .map_err(|source| CheckpointError::Config { file: config_path, source })?;
+        find(CONFIG)?.ok_or_else(|| missing(&folder, "it has no config.json"))?;
+        let generation_config = find(GENERATION_CONFIG)?.map(|_| folder.text(GENERATION_CONFIG)).transpose()?;
+        let config = ModelConfig::from_hf_json(&folder.text(CONFIG)?, generation_config.as_deref())
+            .map_err(|source| CheckpointError::Config { file: folder.path(CONFIG), source })?;
 
         let mut weights = Vec::new();
         let mut places = HashMap::new();
-        let mut add = |name: &str, storage: Storage| {
+        let mut add = |name: &str, member: Member| {
             let path = folder.path(name);
-            let tensors = read_header(&path, storage.bytes())?;
+            let tensors = member.read(|bytes| read_header(&path, bytes))??;
             for (i, tensor) in tensors.iter().enumerate() {
                 if places.insert(tensor.name.clone(), (weights.len(), i)).is_some() {
                     return Err(CheckpointError::damaged(
@@ -63,18 +63,18 @@ impl HfCheckpoint {
                     ));
                 }
             }
-            weights.push(WeightFile { name: name.to_owned(), storage, tensors });
+            weights.push(WeightFile { name: name.to_owned(), member, tensors });
             Ok(())
         };
-        if let Some(storage) = find(WEIGHTS)? {
-            add(WEIGHTS, storage)?;
+        if let Some(member) = find(WEIGHTS)? {
+            add(WEIGHTS, member)?;
         } else {
             let index = find(INDEX)?
                 .ok_or_else(|| missing(&folder, "it has neither model.safetensors nor model.safetensors.index.json"))?;
             let index_path = folder.path(INDEX);
             let damaged = |problem| CheckpointError::damaged(&index_path, problem);
             let Index { weight_map } =
-                serde_json::from_slice(index.bytes()).map_err(|error| damaged(error.to_string()))?;
+                serde_json::from_slice(&index.to_vec()?).map_err(|error| damaged(error.to_string()))?;
             let mut shards: Vec<_> = weight_map.values().collect();
             shards.sort_unstable();
             shards.dedup();
@@ -82,8 +82,8 @@ impl HfCheckpoint {
                 if !is_plain_name(shard) {
                     return Err(damaged(format!("{shard:?} is not the name of a file beside it")));
                 }
-                let storage = find(shard)?.ok_or_else(|| damaged(format!("its file {shard} is missing")))?;
-                add(shard, storage)?;
+                let member = find(shard)?.ok_or_else(|| damaged(format!("its file {shard} is missing")))?;
+                add(shard, member)?;
             }
             for (tensor, shard) in &weight_map {
                 if places.get(tensor).is_none_or(|(file, _)| weights[*file].name != *shard) {
@@ -97,7 +97,7 @@ impl HfCheckpoint {
 
         let checkpoint = Self { folder, config, weights, places, files };
         for name in TensorName::all(&checkpoint.config) {
-            checkpoint.tensor(name)?;
+            checkpoint.grid(name)?;
         }
         Ok(checkpoint)
     }
@@ -117,24 +117,28 @@ impl CheckpointSource for HfCheckpoint {
         self.folder.tokenizer(found)
     }
 
-    fn tensor(&self, name: TensorName) -> Result<Tensor, CheckpointError> {
+    fn companions(&self) -> Result<Vec<(String, Vec<u8>)>, CheckpointError> {
+        self.folder.read_all(TOKENIZERS.iter().chain(&COMPANIONS).map(|name| (*name, *name)))
+    }
+
+    fn grid(&self, name: TensorName) -> Result<Grid, CheckpointError> {
         let tensor = stored_name(name);
-        let Some(&(file, i)) = self.places.get(&tensor) else {
-            return Err(CheckpointError::MissingTensor { tensor, path: self.folder.root().to_owned() });
-        };
-        let WeightFile { name: file, storage, tensors } = &self.weights[file];
-        let entry = &tensors[i];
-        let file = || self.folder.path(file);
+        let (file, entry) = self.entry(&tensor)?;
+        let path = || self.folder.path(&file.name);
 
         let [rows, cols] = name.shape(&self.config);
-        let expected = if is_vector(name) { vec![cols] } else { vec![rows, cols] };
+        let expected = if name.is_norm() { vec![cols] } else { vec![rows, cols] };
         if entry.shape != expected {
-            return Err(CheckpointError::Shape { tensor, file: file(), found: entry.shape.clone(), expected });
+            return Err(CheckpointError::Shape { tensor, file: path(), found: entry.shape.clone(), expected });
         }
-        let dtype =
-            entry.dtype().ok_or_else(|| CheckpointError::Dtype { tensor, file: file(), dtype: entry.dtype.clone() })?;
-        let block = Block { storage: storage.clone(), dtype, offset: entry.bytes.start, rows, cols, stride: cols };
-        Ok(Tensor { blocks: vec![block] })
+        let unread = || CheckpointError::Dtype { tensor: tensor.clone(), file: path(), dtype: entry.dtype.clone() };
+        let dtype = entry.dtype().ok_or_else(unread)?;
+        let offset = file.member.offset + entry.bytes.start;
+        let grid = Grid::contiguous(dtype, Arc::clone(&file.member.file), offset, [rows, cols]);
+        match dtype {
+            StoredDtype::F8E4M3 => Ok(grid.with(Values::Scaled(self.scales(&format!("{tensor}_scale"), rows)?))),
+            StoredDtype::Plain(_) => Ok(grid),
+        }
     }
 
     fn stored_tensors(&self) -> Vec<StoredTensor> {
@@ -151,6 +155,36 @@ impl CheckpointSource for HfCheckpoint {
     }
 }
 
+impl HfCheckpoint {
+    fn entry(&self, tensor: &str) -> Result<(&WeightFile, &Entry), CheckpointError> {
+        let Some(&(file, i)) = self.places.get(tensor) else {
+            let path = self.folder.root().to_owned();
+            return Err(CheckpointError::MissingTensor { tensor: tensor.to_owned(), path });
+        };
+        Ok((&self.weights[file], &self.weights[file].tensors[i]))
+    }
+
+    /// What the elements of an FP8 matrix are multiplied with: one number, or one a row.
+    fn scales(&self, tensor: &str, rows: usize) -> Result<Arc<[f32]>, CheckpointError> {
+        let (file, entry) = self.entry(tensor)?;
+        let path = self.folder.path(&file.name);
+        let Some(StoredDtype::Plain(dtype)) = entry.dtype() else {
+            let dtype = entry.dtype.clone();
+            return Err(CheckpointError::Dtype { tensor: tensor.to_owned(), file: path, dtype });
+        };
+        let count: usize = entry.shape.iter().product();
+        if count != 1 && count != rows {
+            let (tensor, found) = (tensor.to_owned(), entry.shape.clone());
+            return Err(CheckpointError::Shape { tensor, file: path, found, expected: vec![rows, 1] });
+        }
+        let scales: Arc<[f32]> = file.member.read(|bytes| dtype.values(&bytes[entry.bytes.clone()]).collect())?;
+        if scales.iter().all(|scale| scale.is_finite()) {
+            return Ok(scales);
+        }
+        Err(CheckpointError::damaged(path, format!("tensor {tensor} is not finite")))
+    }
+}
+
 /// `model.safetensors.index.json`.
 #[derive(Deserialize)]
 struct Index {
@@ -162,20 +196,7 @@ fn missing(folder: &Folder, expected: &'static str) -> CheckpointError {
     CheckpointError::NotFound { path: folder.root().to_owned(), expected }
 }
 
-fn is_vector(name: TensorName) -> bool {
-    use TensorName as T;
-    matches!(
-        name,
-        T::AttentionNormGamma(_)
-            | T::AttentionNormBeta(_)
-            | T::MlpNormGamma(_)
-            | T::MlpNormBeta(_)
-            | T::FinalNormGamma
-            | T::FinalNormBeta
-    )
-}
-
-fn stored_name(name: TensorName) -> String {
+pub(super) fn stored_name(name: TensorName) -> String {
     use TensorName as T;
     let (layer, tail) = match name {
         T::Embedding => return "model.embed_tokens.weight".to_owned(),
@@ -338,8 +359,7 @@ mod tests {
         let directory = copy();
         let up = r#""model.layers.3.mlp.up_proj.weight":{"dtype":"#;
         edit(&directory, SHARD_2, &format!(r#"{up}"BF16""#), &format!(r#"{up}"I16" "#));
-        let expected =
-            "tensor model.layers.3.mlp.up_proj.weight has element type I16, this engine reads bf16, f16 and f32";
+        let expected = "tensor model.layers.3.mlp.up_proj.weight has element type I16, this engine reads bf16, f16, f32 and f8_e4m3";
         assert_eq!(error(&directory), format!("{expected} (in DIR/{SHARD_2})"));
 
         let directory = copy();
@@ -358,7 +378,7 @@ mod tests {
         fs::remove_file(directory.path().join(SHARD_2)).unwrap();
         assert_eq!(error(&directory), format!("DIR/{INDEX} is damaged: its file {SHARD_2} is missing"));
         std::os::unix::fs::symlink("/dev/zero", directory.path().join(SHARD_2)).unwrap();
-        assert_eq!(error(&directory), format!("DIR/{SHARD_2} is damaged: it is not a regular file"));
+        assert_eq!(error(&directory), format!("DIR/{SHARD_2} is a link to /dev/zero, outside of the checkpoint"));
 
         let directory = copy();
         fs::copy(directory.path().join(SHARD_1), directory.path().join(SHARD_2)).unwrap();
@@ -387,12 +407,21 @@ mod tests {
     }
 
     #[test]
-    fn weights_may_be_links_into_a_cache() {
-        let (cache, directory) = (copy(), TempDir::new().unwrap());
-        for entry in fs::read_dir(cache.path()).unwrap() {
-            let path = entry.unwrap().path();
-            std::os::unix::fs::symlink(&path, directory.path().join(path.file_name().unwrap())).unwrap();
+    fn weights_may_be_links_within_a_cache_but_not_out_of_the_folder() {
+        let cache = TempDir::new().unwrap();
+        let (blobs, snapshot) = (cache.path().join("blobs"), cache.path().join("snapshots/0123"));
+        fs::create_dir_all(&snapshot).unwrap();
+        fs::rename(copy().keep(), &blobs).unwrap();
+        for entry in fs::read_dir(&blobs).unwrap() {
+            let name = entry.unwrap().file_name();
+            std::os::unix::fs::symlink(Path::new("../../blobs").join(&name), snapshot.join(&name)).unwrap();
         }
-        open_directory(directory.path()).unwrap();
+        open_directory(&snapshot).unwrap();
+
+        let directory = copy();
+        fs::remove_file(directory.path().join(SHARD_1)).unwrap();
+        std::os::unix::fs::symlink(blobs.join(SHARD_1), directory.path().join(SHARD_1)).unwrap();
+        let text = error(&directory);
+        assert!(text.starts_with(&format!("DIR/{SHARD_1} is a link to ")), "{text}");
     }
 }

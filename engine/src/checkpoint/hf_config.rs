@@ -22,7 +22,7 @@ impl ModelConfig {
         for key in ["tie_word_embeddings", "attention_bias", "mlp_bias"] {
             fields.demand(key, false, false)?;
         }
-        fields.demand("quantization_config", Value::Null, Value::Null)?;
+        check_quantization(fields)?;
 
         let hidden_size = fields.required_size(&["hidden_size"])?;
         let num_heads = fields.required_size(&["num_attention_heads"])?;
@@ -68,6 +68,31 @@ impl ModelConfig {
             eos_ids,
         }
         .validate()
+    }
+}
+
+/// Weights may be FP8 with a scale a tensor or row: those of AutoFP8, compressed-tensors and ModelOpt.
+fn check_quantization(fields: Fields<'_>) -> Result<(), ConfigError> {
+    let Some((key, value)) = fields.find(&["quantization_config"]) else { return Ok(()) };
+    let fields = Fields(value.as_object().ok_or_else(|| wrong_type(key, value, "an object"))?);
+    match fields.find(&["quant_method"]).and_then(|(_, method)| method.as_str()) {
+        Some("fp8") => fields.demand("weight_block_size", Value::Null, Value::Null),
+        Some("modelopt") => fields.demand("quant_algo", "FP8", "FP8"),
+        Some("compressed-tensors") => {
+            fields.demand("format", "float-quantized", "float-quantized")?;
+            let groups = fields.find(&["config_groups"]).and_then(|(_, groups)| groups.as_object());
+            for group in groups.into_iter().flat_map(Map::values) {
+                let Some(weights) = group.get("weights").and_then(Value::as_object) else { continue };
+                let weights = Fields(weights);
+                weights.demand("num_bits", 8, 8)?;
+                weights.demand("type", "float", "float")?;
+                if weights.find(&["strategy"]).is_none_or(|(_, strategy)| strategy != "channel") {
+                    weights.demand("strategy", "tensor", "tensor")?;
+                }
+            }
+            Ok(())
+        }
+        _ => Err(unsupported("quantization_config", value, &"fp8, compressed-tensors or modelopt".into())),
     }
 }
 
@@ -210,8 +235,8 @@ mod tests {
             "rope_parameters is yarn, this engine runs default",
         );
         check(
-            json!({ "quantization_config": { "quant_method": "fp8" } }),
-            r#"quantization_config is {"quant_method":"fp8"}, this engine runs null"#,
+            json!({ "quantization_config": { "quant_method": "gptq" } }),
+            r#"quantization_config is {"quant_method":"gptq"}, this engine runs fp8, compressed-tensors or modelopt"#,
         );
     }
 

@@ -1,29 +1,26 @@
-//! NeMo folders: `model_config.yaml`, the tokenizer, and `model_weights` with one zarr array for each kind of tensor.
+//! NeMo folders and `.nemo` archives: `model_config.yaml`, the tokenizer, and `model_weights` with one array for each kind of tensor, as
+//! zarr or as torch_dist.
 
-use std::collections::HashMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, HashMap};
 
 use serde_json::Value;
 
-use super::folder::{Folder, is_plain_name, map, text};
-use super::zarr::{Array, Axes};
-use super::{CheckpointError, CheckpointSource, StoredTensor, Tensor, TensorName};
+use super::array::{Array, Axes, MATRIX, STACKED_MATRICES, STACKED_VECTORS, VECTOR, check_shape};
+use super::folder::{Folder, is_plain_name};
+use super::torch_dist::TorchDist;
+use super::zarr::{ZarrHeader, has_chunks};
+use super::{CheckpointError, CheckpointSource, Grid, StoredTensor, TensorName};
 use crate::config::ModelConfig;
 use crate::tokenizer::Tokenizer;
 
-const CONFIG: &str = "model_config.yaml";
+pub(super) const CONFIG: &str = "model_config.yaml";
 const WEIGHTS: &str = "model_weights";
-
-const STACKED_MATRICES: Axes = &[0, 1, 2];
-const STACKED_VECTORS: Axes = &[0, 2];
-const MATRIX: Axes = &[1, 2];
-const VECTOR: Axes = &[2];
 
 const EMBEDDING: &str = "model.embedding.word_embeddings.weight";
 const QKV: &str = "model.decoder.layers.self_attention.linear_qkv.weight";
 
 pub(super) struct NemoCheckpoint {
+    format: &'static str,
     config: ModelConfig,
     /// By the names that [`stored_place`] gives.
     arrays: HashMap<&'static str, Array>,
@@ -32,30 +29,55 @@ pub(super) struct NemoCheckpoint {
     files: Vec<(String, u64)>,
 }
 
+/// Where the arrays come from.
+enum Backend {
+    Zarr,
+    TorchDist(TorchDist),
+}
+
 impl NemoCheckpoint {
-    pub(super) fn open(directory: PathBuf) -> Result<Self, CheckpointError> {
-        let weights = directory.join(WEIGHTS);
-        let found = array_directories(&directory, &weights)?;
-        let open_array = |name, axes| {
-            let directory = found
-                .get(logical(name))
-                .ok_or_else(|| CheckpointError::MissingTensor { tensor: String::from(name), path: weights.clone() })?;
-            Array::open(weights.join(directory), axes)
+    /// Unless `require_data`, the zarr arrays may all be metadata alone.
+    pub(super) fn open(folder: Folder, require_data: bool) -> Result<Self, CheckpointError> {
+        let names = folder.names("")?;
+        if names.iter().any(|name| name == "model_weights.ckpt" || rank_folder(name)) {
+            let format = "a NeMo folder with torch weights";
+            let hint = "convert it to Hugging Face safetensors first";
+            return Err(CheckpointError::Unsupported { path: folder.root().to_owned(), format, hint });
+        }
+        let mut backend = backend(&folder)?;
+        let stored_names: BTreeMap<String, String> = match &backend {
+            Backend::Zarr => folder.names(WEIGHTS)?.into_iter().map(|name| (logical(&name).to_owned(), name)).collect(),
+            Backend::TorchDist(file) => file.names().map(|name| (logical(name).to_owned(), name.to_owned())).collect(),
         };
+        let weights = folder.path(WEIGHTS);
+        let stored_name = |name: &str| {
+            let missing = || CheckpointError::MissingTensor { tensor: name.to_owned(), path: weights.clone() };
+            stored_names.get(logical(name)).ok_or_else(missing)
+        };
+        let zarr = |name: &str, axes| ZarrHeader::open(&folder, format!("{WEIGHTS}/{}", stored_name(name)?), axes);
 
-        let config_path = directory.join(CONFIG);
-        let config_storage = map(&config_path)?;
-        let config_text = text(&config_path, &config_storage)?;
+        let config_path = folder.path(CONFIG);
+        let config_text = folder.text(CONFIG)?;
         let bad_config = |source| CheckpointError::Config { file: config_path.clone(), source };
-        let [_, vocab_size, _] = open_array(EMBEDDING, MATRIX)?.shape;
-        let config = ModelConfig::from_nemo_yaml(config_text, vocab_size).map_err(bad_config)?;
-        let tokenizer =
-            find_tokenizer(&directory, super::nemo_config::tokenizer_file(config_text).map_err(bad_config)?);
+        let vocab_size = match &backend {
+            Backend::Zarr => zarr(EMBEDDING, MATRIX)?.shape[1],
+            Backend::TorchDist(file) => file.shape(stored_name(EMBEDDING)?, MATRIX)?[1],
+        };
+        let config = ModelConfig::from_nemo_yaml(&config_text, vocab_size).map_err(bad_config)?;
+        let tokenizer = super::nemo_config::tokenizer_file(&config_text).map_err(bad_config)?;
+        let tokenizer = tokenizer.filter(|name| is_plain_name(name) && names.contains(name));
+        // A path may be that of the machine that trained.
+        let tokenizer = tokenizer.or_else(|| names.iter().find(|name| name.ends_with(".model")).cloned());
 
-        let folder = Folder::Directory(directory);
-        let mut files = vec![(CONFIG.to_owned(), config_storage.bytes().len() as u64)];
+        let mut files = vec![(CONFIG.to_owned(), config_text.len() as u64)];
         if let Some(name) = &tokenizer {
-            files.extend(folder.find(name)?.map(|storage| (name.clone(), storage.bytes().len() as u64)));
+            files.push((name.clone(), folder.require(name)?.len as u64));
+        }
+        let mut has_data = require_data;
+        if !require_data && matches!(backend, Backend::Zarr) {
+            for name in TensorName::all(&ModelConfig { num_layers: 1, ..config.clone() }) {
+                has_data |= has_chunks(&folder, &format!("{WEIGHTS}/{}", stored_name(stored_place(name).0)?))?;
+            }
         }
         let mut arrays = HashMap::new();
         // The tensors of one layer name every array.
@@ -65,21 +87,43 @@ impl NemoCheckpoint {
             if arrays.contains_key(stored) {
                 continue;
             }
-            let array = open_array(stored, axes)?;
             let [rows, cols] =
                 if stored == QKV { [config.qkv_size(), config.hidden_size] } else { name.shape(&config) };
             let layers = if axes.contains(&0) { config.num_layers } else { 1 };
-            let chunks = array.check([layers, rows, cols])?;
-            files.extend(chunks.into_iter().map(|(file, bytes)| (format!("{WEIGHTS}/{file}"), bytes)));
+            let expected = [layers, rows, cols];
+            let array = match &mut backend {
+                Backend::Zarr => {
+                    let header = zarr(stored, axes)?;
+                    let stored_name = stored_name(stored)?;
+                    let directory = weights.join(stored_name);
+                    check_shape(stored_name, axes, header.shape, expected, &directory)?;
+                    let (array, chunks) = header.find_chunks(&folder, has_data)?;
+                    files.extend(chunks);
+                    array
+                }
+                Backend::TorchDist(file) => file.array(&folder, stored_name(stored)?, axes, expected)?,
+            };
             arrays.insert(stored, array);
         }
-        Ok(Self { config, arrays, folder, tokenizer, files })
+        let format = match (backend, &folder) {
+            (Backend::Zarr, Folder::Archive(_)) => "NeMo archive (zarr)",
+            (Backend::Zarr, _) => "NeMo folder (zarr)",
+            (Backend::TorchDist(file), folder) => {
+                files.extend(file.files().map(|(name, bytes)| (format!("{WEIGHTS}/{name}"), bytes)));
+                if matches!(folder, Folder::Archive(_)) {
+                    "NeMo archive (torch_dist)"
+                } else {
+                    "NeMo folder (torch_dist)"
+                }
+            }
+        };
+        Ok(Self { format, config, arrays, folder, tokenizer, files })
     }
 }
 
 impl CheckpointSource for NemoCheckpoint {
     fn format(&self) -> &'static str {
-        "NeMo folder (zarr)"
+        self.format
     }
 
     fn config(&self) -> &ModelConfig {
@@ -90,9 +134,13 @@ impl CheckpointSource for NemoCheckpoint {
         self.folder.tokenizer(self.tokenizer.as_deref())
     }
 
-    fn tensor(&self, name: TensorName) -> Result<Tensor, CheckpointError> {
+    fn companions(&self) -> Result<Vec<(String, Vec<u8>)>, CheckpointError> {
+        self.folder.read_all(self.tokenizer.iter().map(|name| (name.as_str(), "tokenizer.model")))
+    }
+
+    fn grid(&self, name: TensorName) -> Result<Grid, CheckpointError> {
         let (stored, _, layer) = stored_place(name);
-        let matrix = self.arrays[stored].matrix(layer)?;
+        let matrix = self.arrays[stored].layer(layer);
         // The rows of each KV head lie together: its query heads, its key, its value.
         let config = &self.config;
         let head = config.head_dim;
@@ -104,20 +152,23 @@ impl CheckpointSource for NemoCheckpoint {
             _ => return Ok(matrix),
         };
         let first_rows = (0..config.num_kv_heads).map(|group| group * (query + 2 * head));
-        Ok(Tensor::stack(first_rows.map(|first| matrix.slice_rows(first + rows.start..first + rows.end))))
+        Ok(matrix.select_rows(first_rows.map(|first| first + rows.start..first + rows.end)))
     }
 
     fn stored_tensors(&self) -> Vec<StoredTensor> {
         let mut tensors: Vec<_> = self
             .arrays
             .values()
-            .map(|array| StoredTensor { name: array.name(), dtype: array.dtype, shape: array.stored_shape() })
+            .map(|array| StoredTensor { name: array.name.clone(), dtype: array.dtype, shape: array.stored_shape() })
             .collect();
         tensors.sort_by(|a, b| a.name.cmp(&b.name));
         tensors
     }
 
     fn files(&self) -> Vec<(String, u64)> {
+        if let Folder::Archive(archive) = &self.folder {
+            return vec![(archive.file.name(), archive.file.num_bytes())];
+        }
         self.files.clone()
     }
 }
@@ -156,49 +207,33 @@ fn logical(name: &str) -> &str {
     rest
 }
 
-/// Directory names of the arrays in `model_weights` by their logical names.
-fn array_directories(directory: &Path, weights: &Path) -> Result<HashMap<String, String>, CheckpointError> {
-    let unsupported = |format| {
-        let hint = "convert it to Hugging Face safetensors first";
-        Err(CheckpointError::Unsupported { path: directory.to_owned(), format, hint })
-    };
-    if directory.join("model_weights.ckpt").exists() || directory.join("mp_rank_00").exists() {
-        return unsupported("a NeMo folder with torch weights");
-    }
-    let metadata_path = weights.join("metadata.json");
-    let metadata: Value = serde_json::from_slice(map(&metadata_path)?.bytes())
-        .map_err(|error| CheckpointError::damaged(&metadata_path, error.to_string()))?;
-    match metadata.get("sharded_backend").and_then(Value::as_str) {
-        Some("zarr") => {}
-        Some("torch_dist") => return unsupported("a NeMo folder with torch_dist weights"),
-        _ => return Err(CheckpointError::damaged(metadata_path, "its sharded_backend is neither zarr nor torch_dist")),
-    }
-    let io = |source| CheckpointError::Io { path: weights.to_owned(), source };
-    let mut found = HashMap::new();
-    for entry in fs::read_dir(weights).map_err(io)? {
-        if let Ok(name) = entry.map_err(io)?.file_name().into_string() {
-            found.insert(logical(&name).to_owned(), name);
-        }
-    }
-    Ok(found)
+/// Whether a folder is that of one rank, as Megatron's checkpoints of before its distributed formats have them.
+fn rank_folder(name: &str) -> bool {
+    name.starts_with("mp_rank_") || name.starts_with("tp_rank_")
 }
 
-/// The tokenizer that the configuration names, or else the first `.model` file: a path may be that of the machine that trained.
-fn find_tokenizer(directory: &Path, named: Option<String>) -> Option<String> {
-    if let Some(name) = named.filter(|name| is_plain_name(name) && directory.join(name).is_file()) {
-        return Some(name);
+fn backend(folder: &Folder) -> Result<Backend, CheckpointError> {
+    let name = format!("{WEIGHTS}/metadata.json");
+    let path = folder.path(&name);
+    let metadata: Value = serde_json::from_slice(&folder.require(&name)?.to_vec()?)
+        .map_err(|error| CheckpointError::damaged(&path, error.to_string()))?;
+    match metadata.get("sharded_backend").and_then(Value::as_str) {
+        Some("zarr") => Ok(Backend::Zarr),
+        Some("torch_dist") => Ok(Backend::TorchDist(TorchDist::open(folder, WEIGHTS)?)),
+        _ => Err(CheckpointError::damaged(path, "its sharded_backend is neither zarr nor torch_dist")),
     }
-    let entries = fs::read_dir(directory).ok()?;
-    entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).filter(|name| name.ends_with(".model")).min()
 }
 
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
     use tempfile::TempDir;
 
     use super::*;
-    use crate::checkpoint::{Dtype, open};
+    use crate::checkpoint::{Dtype, StoredDtype, Tensor, open};
     use crate::spec::ModelSource;
 
     fn fixture(name: &str) -> PathBuf {
@@ -225,7 +260,8 @@ mod tests {
     }
 
     fn error(directory: &TempDir) -> String {
-        let text = NemoCheckpoint::open(directory.path().to_owned()).err().unwrap().to_string();
+        let folder = Folder::Directory(directory.path().to_owned());
+        let text = NemoCheckpoint::open(folder, true).err().unwrap().to_string();
         text.replace(&directory.path().display().to_string(), "DIR")
     }
 
@@ -245,13 +281,16 @@ mod tests {
     /// Writes an array of the fixture anew with chunks of another shape.
     fn rechunk(directory: &TempDir, name: &str, axes: Axes, chunks: &[usize]) {
         let path = directory.path().join(WEIGHTS).join(name);
-        let array = Array::open(path.clone(), axes).unwrap();
-        let layers: Vec<_> = (0..array.shape[0]).map(|layer| bytes(&array.matrix(layer).unwrap())).collect();
+        let folder = Folder::Directory(directory.path().to_owned());
+        let header = ZarrHeader::open(&folder, format!("{WEIGHTS}/{name}"), axes).unwrap();
+        let [num_layers, rows, cols] = header.shape;
+        let (array, _) = header.find_chunks(&folder, true).unwrap();
+        let layer_bytes = |layer| bytes(&array.layer(layer).part(0..rows, 0..cols).unwrap());
+        let layers: Vec<_> = (0..num_layers).map(layer_bytes).collect();
         let mut chunk = [1; 3];
         for (&axis, &size) in axes.iter().zip(chunks) {
             chunk[axis] = size;
         }
-        let [num_layers, rows, cols] = array.shape;
         for entry in fs::read_dir(&path).unwrap() {
             let file = entry.unwrap().path();
             if !file.ends_with(".zarray") {
@@ -292,7 +331,8 @@ mod tests {
         assert_eq!(stored.len(), 12);
         let parameters: usize = stored.iter().map(|tensor| tensor.shape.iter().product::<usize>()).sum();
         assert_eq!(parameters as u64, checkpoint.config().num_parameters());
-        let expected = StoredTensor { name: FC1.to_owned(), dtype: Dtype::Bf16, shape: vec![4, 512, 128] };
+        let expected =
+            StoredTensor { name: FC1.to_owned(), dtype: StoredDtype::Plain(Dtype::Bf16), shape: vec![4, 512, 128] };
         assert!(stored.contains(&expected));
         // The configuration, the tokenizer, and the chunks of 2 vectors, 4 stacked vectors, 4 stacked and 2 other matrices.
         assert_eq!(checkpoint.files().len(), 2 + 2 + 4 * 4 + 4 * 4 * 2 + 2 * 2);
@@ -311,7 +351,7 @@ mod tests {
 
     #[test]
     fn rows_in_whole_chunks_are_not_copied() {
-        let checkpoint = NemoCheckpoint::open(fixture("tiny-nemo")).unwrap();
+        let checkpoint = NemoCheckpoint::open(Folder::Directory(fixture("tiny-nemo")), true).unwrap();
         assert_eq!(checkpoint.tensor(TensorName::Up(0)).unwrap().blocks.len(), 2);
         assert_eq!(checkpoint.tensor(TensorName::Query(0)).unwrap().blocks.len(), 2);
         assert_eq!(checkpoint.tensor(TensorName::Down(0)).unwrap().blocks.len(), 1);
@@ -331,7 +371,7 @@ mod tests {
         let directory = copy();
         let old = directory.path().join("d60cadf1a41c651e1f0ade50136bad43_tiny.model");
         fs::rename(old, directory.path().join("other.model")).unwrap();
-        let checkpoint = NemoCheckpoint::open(directory.path().to_owned()).unwrap();
+        let checkpoint = NemoCheckpoint::open(Folder::Directory(directory.path().to_owned()), true).unwrap();
         assert_eq!(checkpoint.tokenizer.as_deref(), Some("other.model"));
     }
 
@@ -363,7 +403,7 @@ mod tests {
                 usize::MAX - usize::MAX % 256
             ),
         );
-        let types = "this engine reads bf16, f16 and f32";
+        let types = "this engine reads bf16, f16, f32 and f8_e4m3";
         change("dtype", "<i2".into(), &format!("tensor {FC1} has element type <i2, {types} (in {array}/.zarray)"));
         // The chunks are those of another type.
         let size = "is damaged: it has 65536 bytes instead of 131072";
@@ -384,12 +424,10 @@ mod tests {
     }
 
     #[test]
-    fn other_backends_are_refused_by_name() {
-        let hint = "which this version does not read; convert it to Hugging Face safetensors first";
+    fn torch_weights_are_refused_by_name() {
         let directory = copy();
-        fs::write(directory.path().join(WEIGHTS).join("metadata.json"), r#"{"sharded_backend":"torch_dist"}"#).unwrap();
-        assert_eq!(error(&directory), format!("DIR is a NeMo folder with torch_dist weights, {hint}"));
         fs::write(directory.path().join("model_weights.ckpt"), "").unwrap();
+        let hint = "which this version does not read; convert it to Hugging Face safetensors first";
         assert_eq!(error(&directory), format!("DIR is a NeMo folder with torch weights, {hint}"));
     }
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 
-use super::{CheckpointError, Dtype};
+use super::{CheckpointError, Dtype, StoredDtype};
 
 /// A tensor in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,11 +25,12 @@ pub(super) struct Entry {
 
 impl Entry {
     /// `None` for an element type that the engine does not read.
-    pub(super) fn dtype(&self) -> Option<Dtype> {
+    pub(super) fn dtype(&self) -> Option<StoredDtype> {
         match self.dtype.as_str() {
-            "BF16" => Some(Dtype::Bf16),
-            "F16" => Some(Dtype::F16),
-            "F32" => Some(Dtype::F32),
+            "BF16" => Some(StoredDtype::Plain(Dtype::Bf16)),
+            "F16" => Some(StoredDtype::Plain(Dtype::F16)),
+            "F32" => Some(StoredDtype::Plain(Dtype::F32)),
+            "F8_E4M3" => Some(StoredDtype::F8E4M3),
             _ => None,
         }
     }
@@ -154,7 +155,10 @@ mod tests {
         for entry in entries {
             let tensor = other.tensor(&entry.name).unwrap();
             assert_eq!((&bytes[entry.bytes.clone()], entry.shape.as_slice()), (tensor.data(), tensor.shape()));
-            assert_eq!((entry.dtype(), tensor.dtype()), (Some(Dtype::Bf16), safetensors::Dtype::BF16));
+            assert_eq!(
+                (entry.dtype(), tensor.dtype()),
+                (Some(StoredDtype::Plain(Dtype::Bf16)), safetensors::Dtype::BF16)
+            );
         }
     }
 
@@ -162,7 +166,7 @@ mod tests {
     fn unread_types_are_kept_and_order_is_that_of_the_bytes() {
         let entries = read(&file(TWO, 16)).unwrap();
         let names: Vec<_> = entries.iter().map(|entry| (entry.name.as_str(), entry.dtype())).collect();
-        assert_eq!(names, [("a", Some(Dtype::Bf16)), ("b", None)]);
+        assert_eq!(names, [("a", Some(StoredDtype::Plain(Dtype::Bf16))), ("b", None)]);
     }
 
     #[test]

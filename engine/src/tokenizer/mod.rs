@@ -5,6 +5,7 @@
 
 mod detokenize;
 mod json;
+mod model_writer;
 mod sentencepiece;
 mod symbols;
 mod vocabulary;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 
 pub use self::detokenize::Detokenizer;
 use self::json::Json;
+pub use self::model_writer::PieceTable;
 use self::sentencepiece::SentencePiece;
 use self::vocabulary::Vocabulary;
 

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod checkpoints;
 mod numerics;
 #[path = "../../../tests/support/parity_model.rs"]
 mod parity_model;

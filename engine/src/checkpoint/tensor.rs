@@ -1,0 +1,128 @@
+//! Weights as a backend gets them: blocks of whole rows in memory that stays in place.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+/// Element type of stored weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    Bf16,
+    F16,
+    F32,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::Bf16 | Self::F16 => 2,
+            Self::F32 => 4,
+        }
+    }
+
+    /// The elements that `bytes` are, widened.
+    pub fn values(self, bytes: &[u8]) -> impl Iterator<Item = f32> {
+        bytes.chunks_exact(self.size()).map(move |bytes| match (self, bytes) {
+            (Self::Bf16, &[a, b]) => bf16::from_le_bytes([a, b]).to_f32(),
+            (Self::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f32(),
+            (Self::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
+            _ => unreachable!("chunks have the size of an element"),
+        })
+    }
+}
+
+/// Bytes that stay in place and unchanged as long as a handle lives: a mapped file, or a part of the binary.
+#[derive(Clone)]
+pub struct Storage(Arc<dyn AsRef<[u8]> + Send + Sync>);
+
+impl Storage {
+    pub fn new(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(bytes))
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        (*self.0).as_ref()
+    }
+}
+
+/// `rows` × `cols` elements in row-major order, `stride` elements from row to row, from byte `offset` of `storage` on.
+#[derive(Clone)]
+pub struct Block {
+    pub storage: Storage,
+    pub dtype: Dtype,
+    pub offset: usize,
+    pub rows: usize,
+    pub cols: usize,
+    pub stride: usize,
+}
+
+impl Block {
+    /// The bytes of one row, which need not be aligned to its elements.
+    pub fn row(&self, row: usize) -> &[u8] {
+        let start = self.offset + row * self.stride * self.dtype.size();
+        &self.storage.bytes()[start..start + self.cols * self.dtype.size()]
+    }
+
+    /// The elements of one row, widened.
+    pub fn values(&self, row: usize) -> impl Iterator<Item = f32> {
+        self.dtype.values(self.row(row))
+    }
+}
+
+/// A matrix [rows, cols] (a vector has one row) as blocks of whole rows, stacked.
+#[derive(Clone)]
+pub struct Tensor {
+    pub blocks: Vec<Block>,
+}
+
+impl Tensor {
+    pub fn rows(&self) -> usize {
+        self.blocks.iter().map(|block| block.rows).sum()
+    }
+
+    pub fn cols(&self) -> usize {
+        self.blocks.first().map_or(0, |block| block.cols)
+    }
+
+    /// Whether no element is NaN or infinite.
+    pub fn is_finite(&self) -> bool {
+        self.blocks.iter().all(|block| (0..block.rows).all(|row| block.values(row).all(f32::is_finite)))
+    }
+
+    /// The rows in `range`, without copying.
+    pub fn slice_rows(&self, range: Range<usize>) -> Self {
+        let mut blocks = Vec::new();
+        let mut first = 0;
+        for block in &self.blocks {
+            let start = range.start.clamp(first, first + block.rows);
+            let end = range.end.clamp(first, first + block.rows);
+            if start < end {
+                let offset = block.offset + (start - first) * block.stride * block.dtype.size();
+                blocks.push(Block { offset, rows: end - start, ..block.clone() });
+            }
+            first += block.rows;
+        }
+        Self { blocks }
+    }
+
+    /// The columns in `range`, without copying.
+    pub fn slice_cols(&self, range: Range<usize>) -> Self {
+        let blocks = self
+            .blocks
+            .iter()
+            .map(|block| Block {
+                offset: block.offset + range.start * block.dtype.size(),
+                cols: range.len(),
+                ..block.clone()
+            })
+            .collect();
+        Self { blocks }
+    }
+
+    /// The rows of `parts` one after another.
+    pub fn stack(parts: impl IntoIterator<Item = Self>) -> Self {
+        Self { blocks: parts.into_iter().flat_map(|part| part.blocks).collect() }
+    }
+}
