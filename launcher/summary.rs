@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::io;
 
+use anyhow::Context as _;
 use jiff::Timestamp;
 use nemotron_engine::job::JobProgress;
 use serde::Serialize;
@@ -56,7 +57,9 @@ impl DeviceHours {
     fn of(attempts: &[Attempt]) -> Self {
         let hours = |attempt: &Attempt, seconds: f64| attempt.ranks as f64 * seconds / 3600.0;
         let useful = |attempt: &&Attempt| attempt.rows > 0;
-        let useful = attempts.iter().filter(useful).map(|attempt| hours(attempt, attempt.worked())).sum();
+        let useful = attempts.iter().filter(useful).map(|attempt| hours(attempt, attempt.worked()));
+        // A sum of nothing is -0.
+        let useful = useful.sum::<f64>() + 0.0;
         let total: f64 = attempts.iter().map(|attempt| hours(attempt, attempt.seconds())).sum();
         Self { useful, wasted: (total - useful).max(0.0) }
     }
@@ -162,7 +165,12 @@ pub(crate) fn record_end(run_dir: &RunDir, phase: RunPhase, exit: Exit, cause: &
     (status.url, status.deadline, status.eta_s, status.until) = (None, None, None, None);
     (status.since, status.updated) = (now(), now());
     status.end = Some(End::because(exit, cause));
-    let attempts = attempts::read(run_dir)?;
+    let mut attempts = attempts::read(run_dir)?;
+    if let Some(last) = attempts.last_mut().filter(|last| last.ended.is_none()) {
+        (last.ended, last.end) = (Some(status.since), status.end.clone());
+        last.count(&status);
+        last.write(run_dir).context("cannot complete the record of the attempt")?;
+    }
     let write = || -> io::Result<()> {
         let mut event = Event::new("ended").phase(status.phase).text(cause);
         event.exit_code = Some(exit as u8);

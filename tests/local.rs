@@ -355,6 +355,48 @@ fn a_job_that_is_stopped_says_so() {
 }
 
 #[test]
+fn a_job_with_retries_goes_on_after_a_lost_rank() {
+    let world = World::new();
+    let job = job_file(&world, 60, 60);
+    let undisturbed = world.output(&["batch", "--job", job.to_str().unwrap()]);
+    assert!(undisturbed.status.success(), "{undisturbed:?}");
+    let expected = responses(&world);
+    fs::remove_file(world.path("responses.jsonl")).unwrap();
+
+    let launch = ["launch", "--profile", "cpu", "--tp", "2", "--retries", "2", "--name", "again", "--detach"];
+    let few = ["--set", "limits.max_sequences=4", "--job", job.to_str().unwrap()];
+    world.stdout(&[&launch[..], &few].concat());
+    let status = || world.json(&["status", "again", "--json"]);
+    eventually(PATIENCE, "rows are done", || status()["job"]["rows_done"].as_u64() > Some(0));
+    kill(Pid::from_raw(world.processes()[2]), Signal::SIGKILL).unwrap();
+    eventually(PATIENCE, "another attempt", || status()["attempt"] == 1);
+    world.stdout(&["wait", "again", "--for", "done", "--timeout", "60s"]);
+    assert_eq!(responses(&world), expected);
+
+    let report: Value = serde_json::from_slice(&fs::read(world.file("again", "report.json")).unwrap()).unwrap();
+    let attempts = report["attempts"].as_array().unwrap();
+    assert_eq!(attempts.iter().map(|one| one["end"]["exit_code"].as_u64().unwrap()).collect::<Vec<_>>(), [25, 0]);
+    let rows: u64 = attempts.iter().map(|one| one["rows"].as_u64().unwrap()).sum();
+    assert_eq!((rows, report["nodes_blamed"].as_array().unwrap().len()), (60, 1), "{report}");
+    assert!(report["device_hours"]["useful"].as_f64() > Some(0.0), "{report}");
+    let events = world.stdout(&["events", "again"]);
+    assert!(events.contains("handed_on") && events.contains("was killed by SIGKILL"), "{events}");
+    for log in ["attempt-000/rank-001.log", "attempt-001/rank-001.log", "REPORT.md"] {
+        assert!(world.file("again", log).exists(), "{log}");
+    }
+}
+
+#[test]
+fn a_server_that_nobody_uses_ends() {
+    let world = World::new();
+    let mut server = world.serve(&["--idle-timeout", "1s"]);
+    assert!(server.generate("Shall I").status.success());
+    let (code, said) = server.end();
+    assert_eq!(code, Some(0), "{said}");
+    assert!(world.stdout(&["status", "latest"]).contains("no request came"));
+}
+
+#[test]
 fn a_detached_run_is_watched_and_cancelled() {
     let world = World::new();
     let launch = ["launch", "--profile", "cpu", "--serve", "--port", "0", "--name", "quiet-owl", "--detach", "--json"];

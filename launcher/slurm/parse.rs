@@ -294,8 +294,6 @@ pub fn reason(text: &str) -> Reason {
         "ReqNodeNotAvail" => known("nodes that it needs are down, drained or reserved", false),
         "JobHeldUser" => known("it was held by its owner: scontrol release", true),
         "JobHeldAdmin" => known("it was held by an administrator", true),
-        "launch_failed_requeued_held" => known("it could not be launched on a node, and is held", true),
-        "job_requeued_in_held_state" => known("it was put back into the queue, and is held", true),
         "PartitionNodeLimit" => known("it asks for more nodes than the partition gives", true),
         "PartitionTimeLimit" => known("it asks for more time than the partition gives", true),
         "PartitionConfig" => known("the partition has no nodes with what it asks for", true),
@@ -316,6 +314,13 @@ pub fn reason(text: &str) -> Reason {
         }
         _ if word.starts_with("QOS") => known(&format!("a limit of the quality of service is reached ({word})"), false),
         _ if word.starts_with("Assoc") => known(&format!("a limit of the account is reached ({word})"), false),
+        // squeue writes these two with spaces, scontrol with underscores.
+        _ if text.replace('_', " ") == "launch failed requeued held" => {
+            known("it could not be launched on a node, and is held", true)
+        }
+        _ if text.replace('_', " ") == "job requeued in held state" => {
+            known("it was put back into the queue, and is held", true)
+        }
         _ if text.starts_with("Nodes required for job are DOWN") => {
             known("nodes that it needs are down, drained or reserved", false)
         }
@@ -446,6 +451,7 @@ mod tests {
 
     #[test]
     fn reasons_say_who_must_act() {
+        assert!(reason("launch failed requeued held").stuck && reason("job requeued in held state").stuck);
         let stuck = "DependencyNeverSatisfied JobHeldUser JobHeldAdmin launch_failed_requeued_held PartitionNodeLimit PartitionTimeLimit \
                      QOSMaxWallDurationPerJobLimit AssocMaxNodePerJobLimit BadConstraints PartitionConfig";
         for word in stuck.split_whitespace() {

@@ -124,6 +124,10 @@ pub(crate) fn line(status: &Status) -> String {
             _ = write!(line, ", {loading}");
         }
     }
+    if let Some(until) = status.until.filter(|_| status.phase.is_up()) {
+        let left = until.duration_since(Timestamp::now()).as_secs_f64();
+        _ = write!(line, "  (allocation ends in {})", span(left.max(0.0)));
+    }
     if let Some(deadline) = status.deadline {
         let left = deadline.duration_since(Timestamp::now()).as_secs_f64();
         _ = write!(line, "  (deadline in {})", span(left.max(0.0)));

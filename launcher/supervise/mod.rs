@@ -47,38 +47,29 @@ pub(crate) type OnReady = Box<dyn FnOnce(&Endpoint)>;
 /// # Errors
 /// The run failed or was stopped, or this job's part of it has: the cause, with its exit code.
 pub(crate) fn supervise(run_dir: &RunDir, on_ready: OnReady) -> Outcome<Status> {
-    attempt_all(run_dir, on_ready).inspect_err(|failure| {
-        // Nobody else would say why the run never began.
-        if !Status::of(run_dir).is_ok_and(|status| status.phase.is_end() || status.phase == RunPhase::Pending) {
-            _ = record_end(run_dir, RunPhase::Failed, failure.exit, &format!("{:#}", failure.error));
-        }
-    })
-}
-
-fn attempt_all(run_dir: &RunDir, on_ready: OnReady) -> Outcome<Status> {
     let signals = Signals::forward()?;
     let spec = run_dir.spec()?;
-    let job = Allocation::of_process()?.and_then(|allocation| allocation.job_id.parse().ok());
     let mut on_ready = Some(on_ready);
     let mut channel = signals.channel();
     loop {
-        let attempts = attempts::begin(run_dir, spec.mesh.world_size(), job)?;
-        let record = Record::open(run_dir, &spec, attempts, Display::stderr(is_quiet()))?;
-        let ranks = match ranks::of_run(run_dir) {
-            Ok(ranks) => ranks,
-            Err(failure) => return record.conclude(&Verdict::of_failure(failure), &[]),
+        let supervisor = match prepare(run_dir, &spec, channel, &mut on_ready) {
+            Ok(supervisor) => supervisor,
+            Err(failure) => {
+                // Nobody else would say why the attempt never began.
+                _ = record_end(run_dir, RunPhase::Failed, failure.exit, &format!("{:#}", failure.error));
+                return Err(failure);
+            }
         };
-        let supervisor = Supervisor::new(run_dir, &spec, record, ranks, channel, on_ready.take())?;
         let mut ended = supervisor.run();
         channel = signals.channel();
         let next = choose(&spec, &mut ended);
         let Ended { mut record, members, ranks, mut verdict, .. } = ended;
         match next {
             Next::Over => {}
-            Next::Stuck => verdict = verdict.stuck(),
+            Next::Stuck => verdict = verdict.stuck(matches!(spec.task, Task::Job { .. })),
             Next::Restart { pause } => {
                 let how = format!("the ranks start again in {}", span(pause.as_secs_f64()));
-                record.hand_on(&verdict, &how);
+                record.hand_on(&verdict, &how, true);
                 match wait(&channel.1, pause) {
                     None => continue,
                     Some(signal) => verdict = Verdict::stopped(signal.into(), "it was about to start again"),
@@ -90,20 +81,20 @@ fn attempt_all(run_dir: &RunDir, on_ready: OnReady) -> Outcome<Status> {
                     Ok(job) => {
                         let away =
                             if avoid.is_empty() { String::new() } else { format!(", away from {}", avoid.join(", ")) };
-                        record.hand_on(&verdict, &format!("job {job} goes on{away}"));
+                        record.hand_on(&verdict, &format!("job {job} goes on{away}"), false);
                         return verdict.failure(run_dir.name()).map_or(Ok(record.status), Err);
                     }
                     Err(failure) => {
                         record.note(&format!("no job could be submitted that goes on: {:#}", failure.error));
-                        if let Some(failed) = requeue(&mut record, &verdict, ranks.as_ref()) {
-                            record.note(&failed);
+                        if requeue(&mut record, &verdict, ranks.as_ref(), &channel.1) {
+                            return verdict.failure(run_dir.name()).map_or(Ok(record.status), Err);
                         }
                     }
                 }
             }
             Next::Requeue => {
-                if let Some(failed) = requeue(&mut record, &verdict, ranks.as_ref()) {
-                    record.note(&failed);
+                if requeue(&mut record, &verdict, ranks.as_ref(), &channel.1) {
+                    return verdict.failure(run_dir.name()).map_or(Ok(record.status), Err);
                 }
             }
         }
@@ -112,20 +103,34 @@ fn attempt_all(run_dir: &RunDir, on_ready: OnReady) -> Outcome<Status> {
     }
 }
 
-/// Puts the job back into the queue unless Slurm has; after that, this process only waits to be ended. Why it did not work.
-fn requeue(record: &mut Record<'_>, verdict: &Verdict, ranks: &dyn ranks::Ranks) -> Option<String> {
+/// Begins the next attempt.
+fn prepare<'a>(
+    run_dir: &'a RunDir,
+    spec: &'a RunSpec,
+    channel: (Sender<Input>, Receiver<Input>),
+    on_ready: &mut Option<OnReady>,
+) -> Outcome<Supervisor<'a>> {
+    let job = Allocation::of_process()?.and_then(|allocation| allocation.job_id.parse().ok());
+    let attempts = attempts::begin(run_dir, spec.mesh.world_size(), job)?;
+    let record = Record::open(run_dir, spec, attempts, Display::stderr(is_quiet()))?;
+    Supervisor::new(run_dir, spec, record, ranks::of_run(run_dir)?, channel, on_ready.take())
+}
+
+/// Puts the job back into the queue unless Slurm has, and waits until this process is to end. Whether that worked.
+fn requeue(record: &mut Record<'_>, verdict: &Verdict, ranks: &dyn ranks::Ranks, inputs: &Receiver<Input>) -> bool {
     let before = record.status.clone();
     // Written first, as there may be no time after it.
-    record.hand_on(verdict, "Slurm starts the job again");
+    record.hand_on(verdict, "Slurm starts the job again", false);
     let asked = if ranks.is_requeued() { Ok(()) } else { ranks.requeue() };
     match asked {
-        Ok(()) => std::thread::sleep(REQUEUED),
+        Ok(()) => _ = wait(inputs, REQUEUED),
         Err(failure) => {
             record.status = before;
-            return Some(format!("the job could not be put back into the queue: {:#}", failure.error));
+            record.note(&format!("the job could not be put back into the queue: {:#}", failure.error));
+            return false;
         }
     }
-    None
+    true
 }
 
 fn choose(spec: &RunSpec, ended: &mut Ended<'_>) -> Next {
@@ -171,8 +176,9 @@ fn hint(verdict: &mut Verdict, spec: &RunSpec, record: &Record<'_>) {
     let (Some(job), Some(attempt)) = (record.status.job, record.attempts.last()) else { return };
     if exit == Exit::Resumable && attempt.rows > 0 && spec.site.is_some() {
         let more = job.rows_total.saturating_sub(job.rows_done).div_ceil(attempt.rows);
+        let jobs = if more == 1 { "another job".into() } else { format!("about {more} more jobs") };
         verdict.hints.push(format!(
-            "the rows that are left need about {more} more jobs like this one; --chain N lets them follow by themselves"
+            "the rows that are left need {jobs} like this one; --chain N lets jobs follow by themselves"
         ));
     }
 }

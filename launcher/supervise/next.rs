@@ -7,7 +7,7 @@ use crate::report::{Exit, Retry};
 use crate::spec::Continuation;
 use crate::state::RunPhase;
 
-/// Attempts in a row without a new row after which another one is pointless.
+/// Attempts in a row without a new row, or of a server that were never ready, after which another one is pointless.
 const FRUITLESS: usize = 2;
 /// An attempt that lived no longer than this was no more than a try.
 const BRIEF_S: f64 = 60.0;
@@ -69,7 +69,8 @@ pub(super) fn next(attempts: &[Attempt], situation: &Situation) -> Next {
     if !goes_on {
         return Next::Over;
     }
-    let fruitless = own.iter().rev().take_while(|attempt| attempt.rows == 0).count();
+    let is_fruitless = |attempt: &Attempt| if situation.is_job { attempt.rows == 0 } else { attempt.ready.is_none() };
+    let fruitless = own.iter().rev().take_while(|attempt| is_fruitless(attempt)).count();
     if fruitless >= FRUITLESS && !situation.may_requeue {
         return Next::Stuck;
     }
@@ -149,7 +150,11 @@ mod tests {
         assert_eq!(after(&[Exit::NoProgress; 3], JOB), Next::Over);
         // Free: as long as rows are done.
         assert!(is_restart(&after(&[Exit::RankLost; 9], JOB)));
-        assert_eq!(after(&[Exit::RankLost; 3], Situation { is_job: false, ..JOB }), Next::Over);
+        assert_eq!(
+            after(&[Exit::RankLost; 3], Situation { is_job: false, ..JOB }),
+            Next::Over,
+            "of a server all count"
+        );
         // Once.
         assert!(is_restart(&after(&[Exit::Numerical], JOB)));
         assert_eq!(after(&[Exit::Numerical; 2], JOB), Next::Over);
@@ -175,6 +180,12 @@ mod tests {
     fn without_a_new_row_twice_it_ends() {
         assert!(is_restart(&next(&history(&[Exit::RankLost], 0), &JOB)));
         assert_eq!(next(&history(&[Exit::RankLost; 2], 0), &JOB), Next::Stuck);
+        // A server without requests has got on when it was ready.
+        let server = Situation { is_job: false, ..JOB };
+        let mut idle = history(&[Exit::RankLost; 2], 0);
+        assert_eq!(next(&idle, &server), Next::Stuck);
+        idle[1].ready = idle[1].ended;
+        assert!(is_restart(&next(&idle, &server)));
         let mut resumed = history(&[Exit::RankLost; 3], 0);
         resumed[2].by_user = true;
         assert!(is_restart(&next(&resumed, &JOB)), "whoever resumes it begins anew");

@@ -130,8 +130,8 @@ impl<'a> Record<'a> {
         self.write_attempt();
     }
 
-    /// The run goes on with another attempt, which `how` describes.
-    pub(super) fn hand_on(&mut self, verdict: &Verdict, how: &str) {
+    /// The run goes on with another attempt, which `how` describes; `here` is whether this process makes it.
+    pub(super) fn hand_on(&mut self, verdict: &Verdict, how: &str, here: bool) {
         let next = self.status.attempt + 1;
         let end = verdict.end();
         let mut event = Event::new("handed_on").text(format!("{}; {how}", end.cause.unwrap_or_default()));
@@ -139,7 +139,9 @@ impl<'a> Record<'a> {
         self.event(event);
         self.enter(RunPhase::Pending, None);
         let status = &mut self.status;
-        (status.attempt, status.supervisor, status.url, status.eta_s, status.until) = (next, None, None, None, None);
+        (status.attempt, status.url, status.eta_s, status.until) = (next, None, None, None);
+        // Whoever cancels the run in between finds this process.
+        status.supervisor = status.supervisor.take().filter(|_| here);
         self.write_status();
         self.display.finish();
         self.display.say(&how_it_goes_on(verdict, how));
@@ -154,18 +156,19 @@ impl<'a> Record<'a> {
         if self.status.job.is_some() {
             self.status.tokens_per_second = tokens_per_second(&self.attempts);
         }
-        self.changed = true;
-        self.publish(members);
+        self.status.ranks = members.iter().map(|member| member.status.clone()).collect();
         let report = Report::new(&self.status, &self.phases, &self.attempts);
         if let Err(error) = report.write(self.run_dir) {
             tracing::warn!(%error, "cannot write the report");
         }
-        let last_words = report.last_words();
+        tracing::info!("{}", report.last_words());
         let mut event = Event::new("ended").phase(verdict.phase);
         event.exit_code = Some(end.exit_code);
         event.rank = end.rank;
         event.text = end.cause;
         self.event(event);
+        // Last, so that whoever waits for it finds everything else.
+        self.write_status();
         self.display.finish();
         // A rank that could say why it failed has said it.
         if let (RunPhase::Failed, Some(rank)) = (verdict.phase, verdict.rank)
@@ -173,7 +176,6 @@ impl<'a> Record<'a> {
         {
             self.show_log(rank);
         }
-        tracing::info!("{last_words}");
         verdict.failure(&self.status.run).map_or(Ok(self.status), Err)
     }
 

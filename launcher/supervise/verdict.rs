@@ -168,15 +168,10 @@ impl Verdict {
         }
     }
 
-    /// No rank could be started.
-    pub(super) fn of_failure(failure: Failure) -> Self {
-        let error = failure.error.chain().map(ToString::to_string).collect();
-        Self { hints: failure.hints, ..Self::ended(RunPhase::Failed, failure.exit, error) }
-    }
-
     /// The cause of an end that another attempt would only repeat.
-    pub(super) fn stuck(self) -> Self {
-        let mut error = vec!["two attempts in a row completed no row".to_owned()];
+    pub(super) fn stuck(self, is_job: bool) -> Self {
+        let what = if is_job { "completed no row" } else { "were never ready" };
+        let mut error = vec![format!("two attempts in a row {what}")];
         error.extend(self.error);
         Self { exit: Some(Exit::AttemptsWithoutProgress), error, ..self }
     }
