@@ -3,6 +3,7 @@
 
 mod args;
 pub mod image;
+mod launch;
 pub mod nvrtc;
 pub mod ops;
 

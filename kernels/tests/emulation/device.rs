@@ -27,9 +27,14 @@ struct Emulated {
 fn library() -> &'static Library {
     static LIBRARY_CELL: OnceLock<Library> = OnceLock::new();
     LIBRARY_CELL.get_or_init(|| {
-        let path = std::env::var_os(LIBRARY).map_or_else(|| build("emulation", &sources(), &[]), PathBuf::from);
+        let given = std::env::var_os(LIBRARY).map(PathBuf::from);
+        let path = given.clone().unwrap_or_else(|| build("emulation", &sources(), &[]));
         // SAFETY: the library is ours; its initialisers only fill a table.
-        unsafe { Library::new(&path) }.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        let library = unsafe { Library::new(&path) }.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        if given.is_none() {
+            std::fs::remove_file(path).unwrap();
+        }
+        library
     })
 }
 

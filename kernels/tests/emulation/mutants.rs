@@ -116,6 +116,7 @@ fn every_bug_is_noticed() {
                         .output()
                         .unwrap()
                         .status;
+                    std::fs::remove_file(library).unwrap();
                     assert_eq!(status.success(), mutant.bug == "none", "{} with the bug: {}", mutant.test, mutant.bug);
                 }
             });

@@ -19,9 +19,10 @@ fn nothing_is_accessed_outside_of_its_memory() {
     let output = Command::new(std::env::current_exe().unwrap())
         .env("LD_PRELOAD", runtimes.join(" "))
         .env("ASAN_OPTIONS", "detect_leaks=0:detect_stack_use_after_return=0")
-        .env(LIBRARY, library)
+        .env(LIBRARY, &library)
         .output()
         .unwrap();
+    std::fs::remove_file(library).unwrap();
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{text}");
     assert!(text.contains("test result: ok"), "{text}");
