@@ -71,7 +71,10 @@ fn holder(port: u16) -> Option<String> {
         let descriptors = fs::read_dir(process.join("fd")).into_iter().flatten().filter_map(Result::ok);
         descriptors.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|link| link.as_os_str() == socket.as_str())
     };
-    let process = fs::read_dir("/proc").ok()?.filter_map(|entry| Some(entry.ok()?.path())).find(holds);
+    // `self` is there besides the numbers.
+    let is_number = |path: &PathBuf| path.file_name().and_then(|name| name.to_str()?.parse::<u32>().ok()).is_some();
+    let mut processes = fs::read_dir("/proc").ok()?.filter_map(|entry| Some(entry.ok()?.path())).filter(is_number);
+    let process = processes.find(holds);
     let pid = process.as_deref().and_then(Path::file_name).and_then(|pid| pid.to_str());
     Some(format!("user {user}{}", pid.map_or_else(String::new, |pid| format!(", pid {pid}"))))
 }
