@@ -28,6 +28,17 @@ pub const ATTEMPT: &str = "NEMOTRON_ATTEMPT";
 /// Addresses at which the supervisor of a worker may be reached, separated by commas.
 pub const SUPERVISOR: &str = "NEMOTRON_SUPERVISOR";
 
+/// Folders with cuBLASLt and NCCL, separated by colons; searched first.
+pub const CUDA_LIBS: &str = "NEMOTRON_CUDA_LIBS";
+
+/// Where CUDA's libraries are looked for before the loader's own places: where the user says, and where modules and containers say.
+pub(crate) fn library_folders(environment: &Environment) -> Vec<PathBuf> {
+    let told = environment.get(CUDA_LIBS).into_iter().flat_map(std::env::split_paths);
+    let homes = ["NCCL_HOME", "CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(|name| environment.get(name));
+    let homes = homes.chain(["/usr/local/cuda"]).flat_map(|home| ["lib64", "lib"].map(|lib| Path::new(home).join(lib)));
+    told.chain(homes).chain([PathBuf::from("/usr/local/nvidia/lib64")]).collect()
+}
+
 /// A list as the value of a variable.
 pub(crate) fn join<T: ToString>(items: &[T]) -> String {
     items.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")

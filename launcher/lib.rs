@@ -7,7 +7,7 @@ use clap::{ColorChoice, FromArgMatches};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{Cli, Command, GlobalArgs};
+use crate::cli::{BenchArgs, BenchCommand, Cli, Command, GlobalArgs};
 use crate::env::Environment;
 use crate::report::Outcome;
 
@@ -94,6 +94,7 @@ fn run(command: Command) -> Outcome {
         Command::Generate(args) => commands::generate::run(&args),
         Command::Serve(args) => commands::serve::run(&args),
         Command::Batch(args) => commands::batch::run(&args),
+        Command::Bench(BenchArgs { command: Some(BenchCommand::Rank(args)), .. }) => commands::bench_rank::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Doctor(args) => commands::doctor::run(&args),
         Command::Completions(args) => commands::completions::run(&args),

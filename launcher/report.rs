@@ -201,7 +201,7 @@ impl From<EngineError> for Failure {
         let exit = match error.cause() {
             EngineError::Checkpoint(_) => Exit::Checkpoint,
             EngineError::Mesh(_) => Exit::DoesNotFit,
-            EngineError::Backend(BackendError::OutOfMemory { .. }) => Exit::OutOfMemory,
+            EngineError::Backend(BackendError::OutOfMemory { .. } | BackendError::NoRoom { .. }) => Exit::OutOfMemory,
             EngineError::Backend(_) => Exit::DeviceUnhealthy,
             EngineError::Connect(_)
             | EngineError::Collective(_)

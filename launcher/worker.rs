@@ -359,6 +359,8 @@ impl Member<'_> {
             dtype: spec.dtype,
             threads: spec.threads,
             limits: spec.limits,
+            device_ordinal: spec.local_rank(self.rank),
+            library_folders: env::library_folders(&Environment::of_process()),
         }
     }
 

@@ -6,6 +6,7 @@ mod batch;
 mod bench;
 mod checkpoints;
 mod cli;
+mod cuda;
 mod docs;
 mod doctor;
 mod local;

@@ -12,14 +12,16 @@ const ENGINE_ROWS: &[&[&str]] = &[
     &["tokenizer", "kv_cache", "step"],
     &["checkpoint", "chat", "memory", "spec", "backend"],
     &["collective", "mesh", "sequence", "sampler"],
-    &["model", "runner", "scheduler", "engine", "rank"],
+    &["model", "runner", "scheduler", "engine", "rank", "rank_bench"],
     &["job", "serve", "end_strings"],
 ];
 
 /// The only files with `unsafe`: SIMD, threads, maps, shared memory, the run-time loading of a device's libraries, and a test's allocator.
 const UNSAFE_ALLOWED: &[&str] = &[
     "engine/src/backend/cpu/",
+    "engine/src/backend/cuda/",
     "engine/src/checkpoint/",
+    "engine/src/collective/nccl.rs",
     "engine/src/collective/shm.rs",
     "engine/tests/steady_state/",
     "kernels/src/",

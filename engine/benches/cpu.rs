@@ -52,6 +52,7 @@ fn attention(backend: &CpuBackend, name: &str) -> Result<(), BackendError> {
         let first_position = (context - tokens) as u32;
         let num_pages = (context / 16) as u32;
         let batch = StepBatch {
+            num_generated: 0,
             tokens: vec![0; tokens],
             positions: (first_position..).take(tokens).collect(),
             spans: vec![Span { first_row: 0, num_tokens: tokens as u32, first_position, first_page: 0, num_pages }],

@@ -14,6 +14,7 @@ pub mod memory;
 pub mod mesh;
 pub mod model;
 pub mod rank;
+pub mod rank_bench;
 pub mod report;
 pub mod request;
 pub mod runner;

@@ -24,6 +24,8 @@ const LABEL: &str = "rank to rank";
 /// Answers to an [`Offer`] of shared memory: kinds of an empty frame.
 const USE_TCP: u8 = 0;
 const USE_SHARED_MEMORY: u8 = 1;
+/// Kind of a frame that rank 0 sends to all.
+const BROADCAST: u8 = 2;
 
 /// A rank's connections.
 pub struct Connected {
@@ -37,6 +39,37 @@ pub enum Control {
     Leader(Vec<TcpStream>),
     /// On the others: to rank 0.
     Follower(TcpStream),
+}
+
+impl Control {
+    /// Fills `bytes` on every rank with those of rank 0.
+    ///
+    /// # Errors
+    /// A rank is gone, or nothing came in time.
+    pub fn broadcast(&self, bytes: &mut [u8], deadline: Instant) -> Result<(), ConnectError> {
+        let failed = |rank, stream: &TcpStream, source| match stream.peer_addr() {
+            Ok(address) => ConnectError::Peer { rank, address, source },
+            Err(error) => ConnectError::Io(error),
+        };
+        match self {
+            Self::Leader(followers) => {
+                for (index, stream) in followers.iter().enumerate() {
+                    wire::write_frame(&mut WithDeadline::new(stream, deadline), BROADCAST, bytes)
+                        .map_err(|source| failed(index + 1, stream, source))?;
+                }
+            }
+            Self::Follower(stream) => {
+                let mut received = Vec::new();
+                let kind = wire::read_frame(&mut WithDeadline::new(stream, deadline), bytes.len(), &mut received);
+                match kind {
+                    Ok(BROADCAST) if received.len() == bytes.len() => bytes.copy_from_slice(&received),
+                    Ok(_) => return Err(failed(0, stream, WireError::Protocol)),
+                    Err(source) => return Err(failed(0, stream, source)),
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Why ranks could not be connected.

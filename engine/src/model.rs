@@ -3,11 +3,12 @@
 //! This rank holds the layers of its pipeline stage and, of each, its share of heads and FFN. Products whose input is split over
 //! ranks (attention output, MLP down) are summed over the tensor-parallel group.
 
-use crate::backend::{Backend, BackendError, HeadShape, StepBatch};
+use crate::backend::{Backend, Begun, HeadShape, StepBatch};
 use crate::checkpoint::{CheckpointSource, Tensor, TensorName};
 use crate::collective::Collective;
 use crate::config::Mesh;
 use crate::rank::EngineError;
+use crate::request::Choice;
 use crate::spec::Limits;
 
 /// Rows of logits that are computed at a time.
@@ -15,8 +16,9 @@ pub const LOGIT_ROWS: usize = 64;
 
 /// One rank's part of the model, with its KV cache and the activations of one step.
 pub struct Model<B: Backend, C> {
-    backend: B,
+    /// First, so that it goes first: a device that waits for a rank gives nothing back.
     collective: C,
+    backend: B,
     /// Rows of the vocabulary from `first_id` on; stage 0.
     embedding: Option<Embedding<B>>,
     layers: Vec<Layer<B>>,
@@ -78,8 +80,7 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
     /// Runs a step through this rank's stage: tokens enter at stage 0, the residual stream goes from stage to stage.
     pub fn forward(&mut self, batch: &StepBatch) -> Result<(), EngineError> {
         let Self { backend, collective, shape, norm_eps: eps, chunks, x, h, qkv, attended, ffn, partial, .. } = self;
-        let rows = batch.num_tokens();
-        backend.begin(batch)?;
+        let Begun::Rows(rows) = backend.begin(batch)? else { return Ok(()) };
         match &self.embedding {
             Some(embedding) => {
                 backend.embed(&embedding.table, embedding.first_id, &batch.tokens, x);
@@ -105,14 +106,14 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
         if self.head.is_none() {
             collective.send_next(rows, x)?;
         }
-        Ok(())
+        Ok(backend.end()?)
     }
 
-    /// Logits of at most [`LOGIT_ROWS`] rows of the last step, [rows, vocab]; `None` unless this rank samples.
+    /// Computes the logits of at most [`LOGIT_ROWS`] rows of the last step; whether this rank samples from them.
     /// All ranks of the last stage call it for the same rows.
-    pub fn logits(&mut self, rows: &[u32]) -> Result<Option<&mut [f32]>, EngineError> {
+    pub fn compute_logits(&mut self, rows: &[u32]) -> Result<bool, EngineError> {
         let Self { backend, collective, norm_eps, x, head, .. } = self;
-        let Some(head) = head else { return Ok(None) };
+        let Some(head) = head else { return Ok(false) };
         backend.gather_rows(x, rows, &mut head.x);
         backend.layer_norm(rows.len(), &head.x, &head.norm, *norm_eps, &mut head.h);
         match &mut head.local {
@@ -122,12 +123,41 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
                 collective.gather_columns(rows.len(), local, &mut head.logits)?;
             }
         }
-        head.is_sampling.then(|| Ok(backend.fetch(rows.len(), &mut head.logits)?)).transpose()
+        if head.is_sampling {
+            wait(backend, collective)?;
+        }
+        Ok(head.is_sampling)
+    }
+
+    /// The first `rows` rows that [`Self::compute_logits`] computed, [rows, vocab], to be changed at will.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn logits(&mut self, rows: usize) -> Result<&mut [f32], EngineError> {
+        let head = self.head.as_mut().expect("only the last stage samples");
+        Ok(self.backend.fetch(rows, &mut head.logits)?)
+    }
+
+    /// Lets the device choose a token from each row of the logits; false if it leaves that to the host.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn choose(
+        &mut self,
+        choices: &[Choice],
+        vocab: usize,
+        tokens: &mut Vec<Option<u32>>,
+    ) -> Result<bool, EngineError> {
+        let head = self.head.as_mut().expect("only the last stage samples");
+        Ok(self.backend.choose(choices, vocab, &mut head.logits, tokens)?)
     }
 
     /// Waits until the device has done the step.
-    pub fn finish(&self) -> Result<(), BackendError> {
-        self.backend.finish()
+    ///
+    /// # Errors
+    /// The device failed, or a rank of the group is gone.
+    pub fn finish(&self) -> Result<(), EngineError> {
+        wait(&self.backend, &self.collective)
     }
 
     /// Loads what `rank` holds of the checkpoint and allocates its cache and activations.
@@ -221,5 +251,16 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
             backend,
             collective,
         })
+    }
+}
+
+/// Waits until the device has done what was asked for.
+fn wait<B: Backend>(backend: &B, collective: &impl Collective<B>) -> Result<(), EngineError> {
+    loop {
+        let is_done = backend.poll()?;
+        collective.check()?;
+        if is_done {
+            return Ok(());
+        }
     }
 }

@@ -5,15 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::backend::BackendError;
 use crate::backend::cpu::CpuBackend;
-use crate::checkpoint::{self, CheckpointError, Manifest, ReadingPlan};
-use crate::collective::CollectiveError;
+use crate::backend::cuda::{CudaBackend, CudaOptions};
+use crate::backend::{Backend, BackendError};
+use crate::checkpoint::{self, CheckpointError, CheckpointSource, Manifest, ReadingPlan};
 use crate::collective::host::HostCollective;
-use crate::config::MeshError;
+use crate::collective::nccl::{Nccl, NcclCollective, UniqueId};
+use crate::collective::{Collective, CollectiveError};
+use crate::config::{MeshError, ModelConfig};
 use crate::engine::{Engine, EngineInfo, FRAME_END, FRAME_MAX, FRAME_PLAN, FRAME_RESULT, start_leader};
+use crate::memory::rank_memory;
 use crate::mesh::{ConnectError, Control, connect_mesh};
-use crate::model::Model;
+use crate::model::{LOGIT_ROWS, Model};
 use crate::report::{Load, Phase, Reporter};
 use crate::request::{Event, LogprobSpec, Request, RowError, Sampling, Stopping};
 use crate::runner::Runner;
@@ -32,52 +35,120 @@ pub enum Rank {
 /// A rank that executes plans until rank 0 ends the run.
 pub struct Follower {
     control: TcpStream,
-    runner: Runner<CpuBackend, HostCollective>,
+    execute: Box<Execute>,
     reporter: Arc<dyn Reporter>,
     sends_results: bool,
 }
+
+/// [`Runner::execute`] on some backend.
+type Execute = dyn FnMut(&StepPlan, &mut StepResult) -> Result<(), EngineError> + Send;
 
 /// Connects to the peers, loads this rank's part of the checkpoint, and, on rank 0, decodes a warm-up token across all ranks.
 ///
 /// `peers` is `None` exactly when the mesh has one rank.
 ///
 /// # Errors
-/// The model does not suit the mesh, the checkpoint is bad, memory is short, or a peer is lost.
+/// The device is not usable, the model does not suit the mesh, the checkpoint is bad, memory is short, or a peer is lost.
 pub fn start(spec: &RankSpec, peers: Option<Peers>, reporter: Arc<dyn Reporter>) -> Result<Rank, EngineError> {
-    let RankSpec { rank, mesh, device, limits, .. } = *spec;
-    if device == Device::Cuda {
-        let Err(reason) = nemotron_kernels::probe();
-        return Err(BackendError::Unavailable { device: "CUDA", reason: reason.to_string() }.into());
-    }
-    let source = checkpoint::open_for(&spec.model, mesh)?;
-    let config = source.config().clone();
-    mesh.check(&config)?;
-    let tokenizer = source.tokenizer()?;
-    let vocab_size = config.vocab_size.min(tokenizer.vocab_size());
-
-    reporter.phase(Phase::CommInit);
-    let (collective, control) = match peers {
-        Some(peers) => {
-            let connected = connect_mesh(peers, mesh, rank)?;
-            (connected.collective, connected.control)
+    let source = checkpoint::open_for(&spec.model, spec.mesh)?;
+    spec.mesh.check(source.config())?;
+    match spec.device {
+        Device::Cpu => {
+            let backend = CpuBackend::new(spec.threads, spec.dtype)?;
+            reporter.phase(Phase::CommInit);
+            let (collective, control) = connect(spec, peers)?;
+            lead_or_follow(spec, source.as_ref(), backend, collective, control, reporter)
         }
-        None => (HostCollective::single(), Control::Leader(Vec::new())),
-    };
+        Device::Cuda => {
+            let backend = CudaBackend::new(&cuda_options(spec, source.config()), spec.dtype)?;
+            backend.check_room(cuda_bytes(spec, source.config()))?;
+            reporter.phase(Phase::CommInit);
+            let deadline = peers.as_ref().map(|peers| peers.deadline);
+            let (_, control) = connect(spec, peers)?;
+            let collective = match deadline {
+                Some(deadline) => Some(join_devices(spec, source.config(), &backend, &control, deadline)?),
+                None => None,
+            };
+            lead_or_follow(spec, source.as_ref(), backend, collective, control, reporter)
+        }
+    }
+}
 
+/// Connections to the other ranks.
+fn connect(spec: &RankSpec, peers: Option<Peers>) -> Result<(HostCollective, Control), EngineError> {
+    let Some(peers) = peers else { return Ok((HostCollective::single(), Control::Leader(Vec::new()))) };
+    let connected = connect_mesh(peers, spec.mesh, spec.rank)?;
+    Ok((connected.collective, connected.control))
+}
+
+fn cuda_options(spec: &RankSpec, config: &ModelConfig) -> CudaOptions {
+    CudaOptions {
+        ordinal: spec.device_ordinal,
+        library_folders: spec.library_folders.clone(),
+        max_step_tokens: spec.limits.max_step_tokens,
+        max_sequences: spec.limits.max_sequences,
+        max_logit_rows: LOGIT_ROWS,
+        max_context: config.max_context,
+        page_tokens: spec.limits.page_tokens,
+    }
+}
+
+/// What the model and its cache will take of the device's memory.
+fn cuda_bytes(spec: &RankSpec, config: &ModelConfig) -> u64 {
+    let Limits { num_pages, page_tokens, max_step_tokens, .. } = spec.limits;
+    let memory = rank_memory(config, spec.mesh, spec.rank, spec.dtype, max_step_tokens);
+    memory.fixed() + (num_pages * page_tokens) as u64 * memory.kv_bytes_per_token
+}
+
+/// Joins this rank's device with the others.
+fn join_devices(
+    spec: &RankSpec,
+    config: &ModelConfig,
+    backend: &CudaBackend,
+    control: &Control,
+    deadline: Instant,
+) -> Result<NcclCollective, EngineError> {
+    let nccl = Nccl::load(&spec.library_folders)?;
+    let mut id = match control {
+        Control::Leader(_) => nccl.unique_id()?,
+        Control::Follower(_) => UniqueId([0; 128]),
+    };
+    control.broadcast(&mut id.0, deadline)?;
+    let sum = spec.limits.max_step_tokens * config.hidden_size;
+    let columns = LOGIT_ROWS * (config.vocab_size / spec.mesh.tp);
+    let bytes = NcclCollective::received_bytes(spec.mesh, sum, columns);
+    let device = backend.device();
+    let received = device.allocate("data of other ranks", bytes)?;
+    let limit = deadline.saturating_duration_since(Instant::now());
+    Ok(NcclCollective::join(&nccl, device, id, (spec.mesh, spec.rank), limit, received)?)
+}
+
+/// Loads the model and starts this rank's part of the engine.
+fn lead_or_follow<B: Backend + 'static>(
+    spec: &RankSpec,
+    source: &dyn CheckpointSource,
+    backend: B,
+    collective: impl Collective<B> + 'static,
+    control: Control,
+    reporter: Arc<dyn Reporter>,
+) -> Result<Rank, EngineError> {
+    let RankSpec { rank, mesh, limits, .. } = *spec;
     reporter.phase(Phase::Loading);
-    let backend = CpuBackend::new(spec.threads, spec.dtype)?;
-    let plan = ReadingPlan::of_rank(source.as_ref(), mesh, rank)?;
+    let (config, tokenizer) = (source.config().clone(), source.tokenizer()?);
+    let vocab_size = config.vocab_size.min(tokenizer.vocab_size());
+    let plan = ReadingPlan::of_rank(source, mesh, rank)?;
     let manifest = Manifest::of(&spec.model)?;
     let model = while_reading(&plan, manifest.as_ref(), reporter.as_ref(), |progress| {
-        Model::load(backend, collective, source.as_ref(), mesh, rank, &limits, progress)
+        Model::load(backend, collective, source, mesh, rank, &limits, progress)
     })?;
-    let runner = Runner::new(model, vocab_size, limits.max_sequences);
+    let mut runner = Runner::new(model, vocab_size, limits.max_sequences);
 
     reporter.phase(Phase::Warmup);
     match control {
         Control::Follower(control) => {
+            let execute = Box::new(move |plan: &StepPlan, result: &mut StepResult| runner.execute(plan, result));
             let sends_results = rank == mesh.sampling_rank();
-            Ok(Rank::Follower(Box::new(Follower { control, runner, reporter, sends_results })))
+            Ok(Rank::Follower(Box::new(Follower { control, execute, reporter, sends_results })))
         }
         Control::Leader(followers) => {
             let info = EngineInfo {
@@ -160,7 +231,7 @@ impl Follower {
                 kind => return Err(EngineError::Desync(format!("rank 0 sent message {kind} instead of a plan"))),
             }
             plan.decode(&bytes).map_err(|error| EngineError::Desync(error.to_string()))?;
-            self.runner.execute(&plan, &mut result)?;
+            (self.execute)(&plan, &mut result)?;
             if self.sends_results {
                 result.encode(&mut bytes);
                 wire::write_frame(&mut self.control, FRAME_RESULT, &bytes).map_err(control)?;

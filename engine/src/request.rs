@@ -88,6 +88,27 @@ pub struct LogprobSpec {
     pub full: bool,
 }
 
+impl LogprobSpec {
+    /// Whether anything is wanted of a generated token.
+    pub fn wants_any(self) -> bool {
+        self.tokens || self.full || self.top > 0
+    }
+}
+
+/// How a token is chosen from a row of logits.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice<'a> {
+    pub sampling: &'a Sampling,
+    /// Of the new token in its row.
+    pub position: u32,
+    /// Ids that may not be chosen.
+    pub masked: &'a [u32],
+    /// For penalties: ids of the prompt, once each, then those generated, as often as they occur.
+    pub seen: &'a [u32],
+    /// How many of `seen` are the prompt's.
+    pub num_prompt: u32,
+}
+
 /// One row to generate.
 #[derive(Clone, Debug)]
 pub struct Request {

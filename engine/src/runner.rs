@@ -1,11 +1,12 @@
 //! One rank's half of a step: turns a [`StepPlan`] into a batch, runs the model, samples where this rank samples.
 
-use crate::backend::{Backend, Span, StepBatch};
+use crate::backend::{Backend, StepBatch};
 use crate::collective::Collective;
 use crate::model::{LOGIT_ROWS, Model};
 use crate::rank::EngineError;
+use crate::request::Choice;
 use crate::sampler::{self, Sampler, SamplerState};
-use crate::step::{Admission, RowResult, Slot, StepPlan, StepResult, Work};
+use crate::step::{Admission, RowResult, Slot, StepPlan, StepResult};
 
 /// Executes plans. All ranks hold the same slots and see the same plans in the same order.
 pub struct Runner<B: Backend, C> {
@@ -16,7 +17,12 @@ pub struct Runner<B: Backend, C> {
     batch: StepBatch,
     /// Rows of the step whose logits are needed, with what for.
     wanted: Vec<Wanted>,
+    /// Those whose logits are computed together.
+    group: Vec<Wanted>,
     rows: Vec<u32>,
+    /// Ids that penalties ask about, of all rows of the group.
+    seen: Vec<u32>,
+    tokens: Vec<Option<u32>>,
     sampler: Sampler,
 }
 
@@ -37,6 +43,8 @@ struct Wanted {
     result: u32,
     /// The id that follows this row, if it is part of the prompt; otherwise the row is sampled.
     next: Option<u32>,
+    /// More is asked for than the token.
+    needs_logits: bool,
 }
 
 impl<B: Backend, C: Collective<B>> Runner<B, C> {
@@ -47,7 +55,10 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             slots: (0..max_sequences).map(|_| None).collect(),
             batch: StepBatch::default(),
             wanted: Vec::new(),
+            group: Vec::with_capacity(LOGIT_ROWS),
             rows: Vec::with_capacity(LOGIT_ROWS),
+            seen: Vec::new(),
+            tokens: Vec::new(),
             sampler: Sampler::default(),
         }
     }
@@ -66,7 +77,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         self.prepare(plan, result)?;
         self.model.forward(&self.batch)?;
         self.sample(result)?;
-        Ok(self.model.finish()?)
+        self.model.finish()
     }
 
     fn slot_mut(&mut self, slot: Slot) -> Result<&mut Option<SlotState>, EngineError> {
@@ -91,83 +102,167 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         Ok(())
     }
 
-    /// Lays the plan's work out as one batch and lists the rows whose logits are needed.
+    /// Lays the plan's work out as one batch, generated tokens first, and lists the rows whose logits are needed.
     fn prepare(&mut self, plan: &StepPlan, result: &mut StepResult) -> Result<(), EngineError> {
         let Self { batch, wanted, slots, .. } = self;
         batch.clear();
         wanted.clear();
         result.step = plan.step;
         result.rows.clear();
-        let mut tokens = plan.tokens.as_slice();
-        for (index, work) in plan.work.iter().enumerate() {
-            let Work { slot, first_position, num_tokens, next_prompt_token } = *work;
-            let state = slots.get_mut(slot as usize).and_then(Option::as_mut);
-            let Some(state) = state.filter(|state| state.len == first_position) else {
-                return Err(EngineError::Desync(format!("slot {slot} does not stand at position {first_position}")));
-            };
-            let Some((chunk, rest)) = tokens.split_at_checked(num_tokens as usize) else {
-                return Err(EngineError::Desync(format!("step {} has too few tokens", plan.step)));
-            };
-            tokens = rest;
-            let first_row = batch.tokens.len() as u32;
-            batch.spans.push(Span {
-                first_row,
-                num_tokens,
-                first_position,
-                first_page: batch.page_table.len() as u32,
-                num_pages: state.pages.len() as u32,
-            });
-            batch.page_table.extend_from_slice(&state.pages);
-            batch.tokens.extend_from_slice(chunk);
-            batch.positions.extend(first_position..first_position + num_tokens);
-            state.len += num_tokens;
-
-            if first_position < state.prompt_len {
-                state.sampler.observe_prompt(chunk);
-                if state.sampler.logprobs.prompt {
-                    let next = chunk.iter().skip(1).copied().chain(next_prompt_token);
-                    wanted.extend((first_row..).zip(next).map(|(row, next)| Wanted {
-                        row,
+        let mut num_tokens = 0;
+        for work in &plan.work {
+            let state = slots.get(work.slot as usize).and_then(Option::as_ref);
+            if state.is_none_or(|state| state.len != work.first_position) {
+                let (slot, position) = (work.slot, work.first_position);
+                return Err(EngineError::Desync(format!("slot {slot} does not stand at position {position}")));
+            }
+            num_tokens += work.num_tokens as usize;
+            result.rows.push(RowResult { slot: work.slot, ..RowResult::default() });
+        }
+        if plan.tokens.len() < num_tokens {
+            return Err(EngineError::Desync(format!("step {} has too few tokens", plan.step)));
+        }
+        for is_prompt in [false, true] {
+            batch.num_generated = batch.num_tokens();
+            let mut first_token = 0;
+            for (index, work) in plan.work.iter().enumerate() {
+                let state = slots[work.slot as usize].as_mut().expect("found above");
+                let tokens = &plan.tokens[first_token..][..work.num_tokens as usize];
+                first_token += tokens.len();
+                let num_prompt = state.prompt_len.saturating_sub(work.first_position).min(work.num_tokens) as usize;
+                let (prompt, generated) = tokens.split_at(num_prompt);
+                let (tokens, first_position) = match is_prompt {
+                    true => (prompt, work.first_position),
+                    false => (generated, work.first_position + num_prompt as u32),
+                };
+                if tokens.is_empty() {
+                    continue;
+                }
+                let first_row = batch.push(first_position, tokens, &state.pages);
+                let end = first_position + tokens.len() as u32;
+                if is_prompt {
+                    state.sampler.observe_prompt(tokens);
+                    if state.sampler.logprobs.prompt {
+                        let next = tokens.iter().skip(1).copied().chain(work.next_prompt_token);
+                        wanted.extend((first_row..).zip(next).map(|(row, next)| Wanted {
+                            row,
+                            result: index as u32,
+                            next: Some(next),
+                            needs_logits: true,
+                        }));
+                    }
+                }
+                if end >= state.prompt_len && end == work.first_position + work.num_tokens {
+                    wanted.push(Wanted {
+                        row: first_row + tokens.len() as u32 - 1,
                         result: index as u32,
-                        next: Some(next),
-                    }));
+                        next: None,
+                        needs_logits: state.sampler.logprobs.wants_any(),
+                    });
                 }
             }
-            if state.len >= state.prompt_len {
-                wanted.push(Wanted { row: first_row + num_tokens - 1, result: index as u32, next: None });
-            }
-            result.rows.push(RowResult { slot, ..RowResult::default() });
+        }
+        for work in &plan.work {
+            slots[work.slot as usize].as_mut().expect("found above").len += work.num_tokens;
         }
         Ok(())
     }
 
+    /// Rows that need nothing but a token first: a device may choose it without showing the logits.
     fn sample(&mut self, result: &mut StepResult) -> Result<(), EngineError> {
-        let Self { model, vocab_size, slots, wanted, rows, sampler, .. } = self;
-        for group in wanted.chunks(LOGIT_ROWS) {
-            rows.clear();
-            rows.extend(group.iter().map(|wanted| wanted.row));
-            let Some(logits) = model.logits(rows)? else { continue };
-            let width = logits.len() / group.len();
-            for (wanted, logits) in group.iter().zip(logits.chunks_mut(width)) {
-                let logits = &mut logits[..*vocab_size];
-                let row = &mut result.rows[wanted.result as usize];
-                let state = slots[row.slot as usize].as_mut().expect("prepare has found this slot");
-                let spec = state.sampler.logprobs;
-                if let Some(next) = wanted.next {
-                    row.prompt.push(sampler::logprobs(spec, next, logits));
-                    continue;
-                }
-                // The plain log-probabilities are wanted, and sampling changes the logits: keep a copy where both happen.
-                let plain = (spec.tokens || spec.full || spec.top > 0).then(|| logits.to_vec());
-                match sampler.sample(&mut state.sampler, state.len, logits) {
-                    Ok(token) => {
-                        row.token = Some(token);
-                        row.logprobs = plain.map(|plain| Box::new(sampler::logprobs(spec, token, &plain)));
+        for needs_logits in [false, true] {
+            let mut next = 0;
+            while next < self.wanted.len() {
+                self.group.clear();
+                while next < self.wanted.len() && self.group.len() < LOGIT_ROWS {
+                    let wanted = self.wanted[next];
+                    next += 1;
+                    if wanted.needs_logits == needs_logits {
+                        self.group.push(wanted);
                     }
-                    Err(sampler::NotFinite) => row.not_finite = true,
+                }
+                if !self.group.is_empty() {
+                    self.sample_group(needs_logits, result)?;
                 }
             }
         }
         Ok(())
+    }
+
+    fn sample_group(&mut self, needs_logits: bool, result: &mut StepResult) -> Result<(), EngineError> {
+        self.rows.clear();
+        self.rows.extend(self.group.iter().map(|wanted| wanted.row));
+        if !self.model.compute_logits(&self.rows)? {
+            return Ok(());
+        }
+        if B::CHOOSES && !needs_logits && self.choose_on_device(result)? {
+            return Ok(());
+        }
+        let Self { model, vocab_size, slots, group, sampler, .. } = self;
+        let logits = model.logits(group.len())?;
+        let width = logits.len() / group.len();
+        for (wanted, logits) in group.iter().zip(logits.chunks_mut(width)) {
+            let logits = &mut logits[..*vocab_size];
+            let row = &mut result.rows[wanted.result as usize];
+            let state = slots[row.slot as usize].as_mut().expect("prepare has found this slot");
+            let spec = state.sampler.logprobs;
+            if let Some(next) = wanted.next {
+                row.prompt.push(sampler::logprobs(spec, next, logits));
+                continue;
+            }
+            // The plain log-probabilities are wanted, and sampling changes the logits: keep a copy where both happen.
+            let plain = spec.wants_any().then(|| logits.to_vec());
+            match sampler.sample(&mut state.sampler, state.len, logits) {
+                Ok(token) => {
+                    row.token = Some(token);
+                    row.logprobs = plain.map(|plain| Box::new(sampler::logprobs(spec, token, &plain)));
+                }
+                Err(sampler::NotFinite) => row.not_finite = true,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the device chose the tokens of the group.
+    fn choose_on_device(&mut self, result: &mut StepResult) -> Result<bool, EngineError> {
+        let Self { model, vocab_size, slots, group, seen, tokens, .. } = self;
+        seen.clear();
+        let state = |wanted: &Wanted| {
+            let slot = result.rows[wanted.result as usize].slot;
+            slots[slot as usize].as_ref().expect("prepare has found this slot")
+        };
+        let ends: Vec<(usize, u32)> = group
+            .iter()
+            .map(|wanted| {
+                let num_prompt = state(wanted).sampler.append_seen(seen);
+                (seen.len(), num_prompt)
+            })
+            .collect();
+        let mut start = 0;
+        let choices: Vec<Choice> = group
+            .iter()
+            .zip(ends)
+            .map(|(wanted, (end, num_prompt))| {
+                let state = state(wanted);
+                let ids = &seen[start..end];
+                start = end;
+                state.sampler.choice(state.len, ids, num_prompt)
+            })
+            .collect();
+        if !model.choose(&choices, *vocab_size, tokens)? {
+            return Ok(false);
+        }
+        for (wanted, token) in group.iter().zip(tokens.iter()) {
+            let row = &mut result.rows[wanted.result as usize];
+            match token {
+                Some(token) => {
+                    row.token = Some(*token);
+                    let state = slots[row.slot as usize].as_mut().expect("prepare has found this slot");
+                    state.sampler.observe_choice(*token);
+                }
+                None => row.not_finite = true,
+            }
+        }
+        Ok(true)
     }
 }

@@ -6,7 +6,7 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
-use crate::request::{LogprobSpec, Logprobs, Sampling};
+use crate::request::{Choice, LogprobSpec, Logprobs, Sampling};
 
 /// How many candidates a nucleus is first looked for in; grown eightfold while it holds too little probability.
 const NUCLEUS_GUESS: usize = 512;
@@ -31,6 +31,36 @@ impl SamplerState {
     fn has_penalties(&self) -> bool {
         let Sampling { greedy, repetition_penalty, frequency_penalty, presence_penalty, .. } = self.sampling;
         !greedy && (repetition_penalty != 1.0 || frequency_penalty != 0.0 || presence_penalty != 0.0)
+    }
+
+    /// Ids that may not be chosen now.
+    fn masked(&self) -> &[u32] {
+        if self.num_generated < self.min_new_tokens { &self.eos_ids } else { &[] }
+    }
+
+    /// Takes note of the token that was chosen.
+    pub fn observe_choice(&mut self, token: u32) {
+        self.num_generated += 1;
+        if self.has_penalties() {
+            let (row, new) = self.counts.entry(token).or_default();
+            (*row, *new) = (*row + 1, *new + 1);
+        }
+    }
+
+    /// Appends the ids that penalties ask about, as [`Choice::seen`] wants them; returns how many are the prompt's.
+    pub fn append_seen(&self, seen: &mut Vec<u32>) -> u32 {
+        let start = seen.len();
+        seen.extend(self.counts.iter().filter(|(_, (row, new))| row > new).map(|(id, _)| *id));
+        let num_prompt = seen.len() - start;
+        for (id, (_, new)) in &self.counts {
+            seen.extend(std::iter::repeat_n(*id, *new as usize));
+        }
+        num_prompt as u32
+    }
+
+    /// How the token at `position` is to be chosen, with what [`Self::append_seen`] appended.
+    pub fn choice<'a>(&'a self, position: u32, seen: &'a [u32], num_prompt: u32) -> Choice<'a> {
+        Choice { sampling: &self.sampling, position, masked: self.masked(), seen, num_prompt }
     }
 
     /// Takes note of prompt tokens.
@@ -59,11 +89,9 @@ impl Sampler {
     /// # Errors
     /// A logit is NaN or +∞, or all are −∞.
     pub fn sample(&mut self, state: &mut SamplerState, position: u32, logits: &mut [f32]) -> Result<u32, NotFinite> {
-        if state.num_generated < state.min_new_tokens {
-            for id in &state.eos_ids {
-                if let Some(logit) = logits.get_mut(*id as usize) {
-                    *logit = f32::NEG_INFINITY;
-                }
+        for id in state.masked() {
+            if let Some(logit) = logits.get_mut(*id as usize) {
+                *logit = f32::NEG_INFINITY;
             }
         }
         for (id, bias) in &state.sampling.logit_bias {
@@ -73,11 +101,7 @@ impl Sampler {
         }
         let (best, max) = argmax(logits)?;
         let token = if state.sampling.greedy { best } else { self.draw(state, position, logits, max)? };
-        state.num_generated += 1;
-        if state.has_penalties() {
-            let (row, new) = state.counts.entry(token).or_default();
-            (*row, *new) = (*row + 1, *new + 1);
-        }
+        state.observe_choice(token);
         Ok(token)
     }
 

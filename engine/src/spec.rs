@@ -28,7 +28,7 @@ pub enum Device {
     Cuda,
 }
 
-/// Everything that decides what a rank does. Equal on all ranks but for `rank`.
+/// Everything that decides what a rank does. Equal on all ranks but for `rank` and the host's own `device_ordinal` and `library_folders`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RankSpec {
     pub rank: usize,
@@ -39,6 +39,10 @@ pub struct RankSpec {
     /// Threads that compute on this rank (CPU).
     pub threads: usize,
     pub limits: Limits,
+    /// Which of the devices that the process sees is this rank's (CUDA).
+    pub device_ordinal: usize,
+    /// Where a device's libraries are looked for before the loader's own places.
+    pub library_folders: Vec<PathBuf>,
 }
 
 /// Sizes that are fixed before anything is allocated.

@@ -86,7 +86,17 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
         max_sequences: rows,
     };
     let mesh = Mesh { tp: 1, pp: 1 };
-    let spec = RankSpec { rank: 0, mesh, model, device: Device::Cpu, dtype, threads, limits };
+    let spec = RankSpec {
+        rank: 0,
+        mesh,
+        model,
+        device: Device::Cpu,
+        dtype,
+        threads,
+        limits,
+        device_ordinal: 0,
+        library_folders: Vec::new(),
+    };
     let loading = Instant::now();
     let Rank::Leader(engine) = rank::start(&spec, None, Arc::new(Silent))? else {
         return Err(Failure::msg(Exit::Internal, "rank 0 leads"));

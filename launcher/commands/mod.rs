@@ -2,6 +2,7 @@
 
 pub(crate) mod batch;
 pub(crate) mod bench;
+pub(crate) mod bench_rank;
 pub(crate) mod cancel;
 pub(crate) mod clusters;
 pub(crate) mod completions;

@@ -1,5 +1,7 @@
 //! What the tests of the binary share.
 
+pub(crate) mod standin;
+
 use std::path::Path;
 use std::process::{Command, Output};
 

@@ -8,8 +8,10 @@
 //! weights are split over ranks. That is what makes a sequence's tokens independent of its batch and of the mesh.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::checkpoint::Tensor;
+use crate::request::Choice;
 
 /// Precision of matrix products and of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -72,6 +74,9 @@ pub struct StepBatch {
     pub positions: Vec<u32>,
     pub spans: Vec<Span>,
     pub page_table: Vec<u32>,
+    /// The first so many tokens were generated, the others are of prompts. A device may have a way of its own for each: which of them it is
+    /// is a property of the row.
+    pub num_generated: usize,
 }
 
 impl StepBatch {
@@ -79,7 +84,19 @@ impl StepBatch {
         self.tokens.len()
     }
 
+    /// Adds consecutive tokens of one sequence, whose pages are `pages`; returns the row of the first.
+    pub fn push(&mut self, first_position: u32, tokens: &[u32], pages: &[u32]) -> u32 {
+        let (first_row, num_tokens) = (self.tokens.len() as u32, tokens.len() as u32);
+        let (first_page, num_pages) = (self.page_table.len() as u32, pages.len() as u32);
+        self.spans.push(Span { first_row, num_tokens, first_position, first_page, num_pages });
+        self.page_table.extend_from_slice(pages);
+        self.tokens.extend_from_slice(tokens);
+        self.positions.extend(first_position..first_position + num_tokens);
+        first_row
+    }
+
     pub fn clear(&mut self) {
+        self.num_generated = 0;
         self.tokens.clear();
         self.positions.clear();
         self.spans.clear();
@@ -87,13 +104,30 @@ impl StepBatch {
     }
 }
 
+/// How a step begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begun {
+    /// The operations are to be called with so many rows: those of the batch, and perhaps some that only fill up.
+    Rows(usize),
+    /// The device has all of them from an earlier step of this shape: they are left out.
+    Done,
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / (1_u64 << 30) as f64
+}
+
 /// A device failed or refused.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     #[error("out of {device} memory: {what} needs {bytes} bytes")]
     OutOfMemory { device: &'static str, what: &'static str, bytes: usize },
+    #[error("the model and its KV cache need {:.2} GiB of {device} memory, of which {:.2} GiB are free", gib(*bytes), gib(*free))]
+    NoRoom { device: &'static str, bytes: u64, free: u64 },
     #[error("{device} is not usable: {reason}")]
     Unavailable { device: &'static str, reason: String },
+    #[error("{device} failed: {reason}")]
+    Failed { device: &'static str, reason: String },
 }
 
 /// The operations of the forward pass over opaque buffers.
@@ -101,6 +135,8 @@ pub enum BackendError {
 /// Buffers are allocated once for the largest step; `rows` says how many rows of a call are in use. Shapes are the caller's duty
 /// (`model.rs` proves them when it is built); a violated one is a bug and panics.
 pub trait Backend: Send {
+    /// Whether `choose` does anything.
+    const CHOOSES: bool;
     /// A weight matrix [rows, cols] in the device's memory; y = x · Wᵀ.
     type Matrix: Send;
     /// 1 + γ and β, both [hidden].
@@ -118,10 +154,13 @@ pub trait Backend: Send {
     fn operand(&self, capacity: usize, width: usize) -> Result<Self::Operand, BackendError>;
     fn kv_cache(&self, num_pages: usize, page_tokens: usize, shape: &HeadShape) -> Result<Self::KvCache, BackendError>;
 
-    /// Gives the device the batch that `embed`, `rope_append` and `attention` are called with until the next `begin`. It is called once a step.
-    fn begin(&self, batch: &StepBatch) -> Result<(), BackendError>;
-    /// Waits until everything that was asked for is done. Operations do not wait: the first that failed shows here, or in `fetch`.
-    fn finish(&self) -> Result<(), BackendError>;
+    /// Gives the device the batch that `embed`, `rope_append` and `attention` are called with until `end`, and says with how many rows the
+    /// operations are to be called.
+    fn begin(&self, batch: &StepBatch) -> Result<Begun, BackendError>;
+    /// After the step's last layer.
+    fn end(&self) -> Result<(), BackendError>;
+    /// Whether everything that was asked for is done; waits for it a moment. Operations do not wait: the first that failed shows here.
+    fn poll(&self) -> Result<bool, BackendError>;
 
     /// out[t] = table[tokens[t] − first_id], or zeros where the table does not hold that id.
     fn embed(&self, table: &Self::Matrix, first_id: u32, tokens: &[u32], out: &mut Self::Buffer);
@@ -149,6 +188,15 @@ pub trait Backend: Send {
     fn add(&self, rows: usize, x: &mut Self::Buffer, y: &Self::Buffer);
     /// out[i] = x[indices[i]].
     fn gather_rows(&self, x: &Self::Buffer, indices: &[u32], out: &mut Self::Buffer);
-    /// Waits for the first `rows` rows, [rows, width], in host memory, where they may be overwritten.
+    /// Chooses a token from each row of logits, whose first `vocab` columns count, `None` where they are no numbers. False, and nothing is
+    /// done, if the device leaves it to the host.
+    fn choose(
+        &self,
+        choices: &[Choice],
+        vocab: usize,
+        logits: &mut Self::Buffer,
+        tokens: &mut Vec<Option<u32>>,
+    ) -> Result<bool, BackendError>;
+    /// The first `rows` rows, [rows, width], in host memory, where they may be overwritten. What made them must be done.
     fn fetch<'a>(&self, rows: usize, x: &'a mut Self::Buffer) -> Result<&'a mut [f32], BackendError>;
 }

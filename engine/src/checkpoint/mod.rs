@@ -27,6 +27,7 @@ mod names;
 mod nemo;
 mod nemo_config;
 mod pickle;
+mod random;
 mod reading;
 mod safetensors_file;
 mod sharded;
@@ -48,6 +49,7 @@ pub use grid::{DataFile, Extent, Grid, StoredDtype, Tile};
 pub use identity::identity;
 pub use manifest::{BLOCK_BYTES, FileHashes, Manifest, hash};
 pub use names::TensorName;
+pub use random::RandomWeights;
 pub use reading::ReadingPlan;
 pub use tensor::{Block, Dtype, Storage, Tensor};
 

@@ -86,6 +86,11 @@ impl Tensor {
         self.blocks.first().map_or(0, |block| block.cols)
     }
 
+    /// All elements, widened: for small tensors.
+    pub fn to_f32(&self) -> Vec<f32> {
+        self.blocks.iter().flat_map(|block| (0..block.rows).flat_map(move |row| block.values(row))).collect()
+    }
+
     /// Whether no element is NaN or infinite.
     pub fn is_finite(&self) -> bool {
         self.blocks.iter().all(|block| (0..block.rows).all(|row| block.values(row).all(f32::is_finite)))

@@ -5,6 +5,7 @@
 //! that of [`Backend::linear_chunked`] on one rank.
 
 pub mod host;
+pub mod nccl;
 pub mod shm;
 pub mod tcp;
 
@@ -12,14 +13,24 @@ use std::io;
 
 use crate::backend::Backend;
 
-/// A connection to another rank broke or timed out.
+/// Why ranks could not compute together.
 #[derive(Debug, thiserror::Error)]
-#[error("lost the connection to rank {peer} ({doing})")]
-pub struct CollectiveError {
-    pub peer: usize,
-    pub doing: &'static str,
-    #[source]
-    pub source: io::Error,
+pub enum CollectiveError {
+    /// A connection to another rank broke.
+    #[error("lost the connection to rank {peer} ({doing})")]
+    Lost {
+        peer: usize,
+        doing: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    /// Devices could not exchange data.
+    #[error("NCCL failed among {ranks} ({doing}): {reason}")]
+    Nccl { ranks: String, doing: &'static str, reason: String },
+    #[error(
+        "NCCL did not start among {ranks} in {seconds:.0} s ({doing}): a rank has not joined, or cannot be reached"
+    )]
+    NcclTimeout { ranks: String, doing: &'static str, seconds: f64 },
 }
 
 /// The ranks that this rank computes with, over the buffers of its backend.
@@ -32,6 +43,9 @@ pub trait Collective<B: Backend>: Send {
     fn send_next(&mut self, rows: usize, x: &B::Buffer) -> Result<(), CollectiveError>;
     /// From the same tensor-parallel rank of the previous pipeline stage.
     fn recv_previous(&mut self, rows: usize, x: &mut B::Buffer) -> Result<(), CollectiveError>;
+    /// Whether the ranks are still there, as far as this one knows. Asked while the device is waited for: a device waits for ever
+    /// for one that is gone.
+    fn check(&self) -> Result<(), CollectiveError>;
 }
 
 /// An ordered byte stream to one other rank. A peer that is gone is an error; one that is slow is waited for.
@@ -55,5 +69,28 @@ pub trait Link: Send {
     /// The peer is gone.
     fn recv(&mut self, bytes: &mut [u8]) -> io::Result<()> {
         self.exchange(&[], bytes)
+    }
+}
+
+/// A rank alone: there is nothing to exchange.
+impl<B: Backend, C: Collective<B>> Collective<B> for Option<C> {
+    fn all_reduce(&mut self, rows: usize, x: &mut B::Buffer) -> Result<(), CollectiveError> {
+        self.as_mut().map_or(Ok(()), |ranks| ranks.all_reduce(rows, x))
+    }
+
+    fn gather_columns(&mut self, rows: usize, x: &B::Buffer, out: &mut B::Buffer) -> Result<(), CollectiveError> {
+        self.as_mut().map_or(Ok(()), |ranks| ranks.gather_columns(rows, x, out))
+    }
+
+    fn send_next(&mut self, rows: usize, x: &B::Buffer) -> Result<(), CollectiveError> {
+        self.as_mut().map_or(Ok(()), |ranks| ranks.send_next(rows, x))
+    }
+
+    fn recv_previous(&mut self, rows: usize, x: &mut B::Buffer) -> Result<(), CollectiveError> {
+        self.as_mut().map_or(Ok(()), |ranks| ranks.recv_previous(rows, x))
+    }
+
+    fn check(&self) -> Result<(), CollectiveError> {
+        self.as_ref().map_or(Ok(()), Collective::check)
     }
 }

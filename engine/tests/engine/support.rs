@@ -44,7 +44,17 @@ pub(crate) fn engine(model: &ModelSource, dtype: ComputeType, mesh: Mesh, limits
     let addresses: Vec<_> = listeners.iter().map(|listener| listener.local_addr().unwrap()).collect();
     let ranks = listeners.into_iter().enumerate().rev().map(|(rank, listener)| {
         let threads = if world_size == 1 { 2 } else { 1 };
-        let spec = RankSpec { rank, mesh, model: model.clone(), device: Device::Cpu, dtype, threads, limits };
+        let spec = RankSpec {
+            rank,
+            mesh,
+            model: model.clone(),
+            device: Device::Cpu,
+            dtype,
+            threads,
+            limits,
+            device_ordinal: 0,
+            library_folders: Vec::new(),
+        };
         let peers = (world_size > 1).then(|| Peers {
             listener,
             addresses: addresses.clone(),

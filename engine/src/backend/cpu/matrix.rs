@@ -1,7 +1,6 @@
 //! Weights and activations in host memory.
 
 use bytemuck::Pod;
-use half::f16;
 use memmap2::MmapMut;
 
 use super::gemm::COLUMN_BLOCK;
@@ -163,25 +162,9 @@ impl Matrix {
 fn converted<T: Element>(block: &Block) -> Result<Storage, BackendError> {
     let mut copy = Aligned::<T>::zeroed(block.rows * block.cols, "a converted weight matrix")?;
     for (row, out) in copy.as_mut_slice().chunks_exact_mut(block.cols.max(1)).enumerate() {
-        for (out, value) in out.iter_mut().zip(row_as_f32(block, row)) {
+        for (out, value) in out.iter_mut().zip(block.values(row)) {
             *out = T::from_f32(value);
         }
     }
     Ok(Storage::new(copy))
-}
-
-/// The elements of a row, widened.
-fn row_as_f32(block: &Block, row: usize) -> impl Iterator<Item = f32> {
-    let dtype = block.dtype;
-    block.row(row).chunks_exact(dtype.size()).map(move |bytes| match (dtype, bytes) {
-        (Dtype::Bf16, &[a, b]) => u16::from_le_bytes([a, b]).to_f32(),
-        (Dtype::F16, &[a, b]) => f16::from_le_bytes([a, b]).to_f32(),
-        (Dtype::F32, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
-        _ => unreachable!("chunks have the size of an element"),
-    })
-}
-
-/// All elements of a small tensor, in f32.
-pub(super) fn to_f32(tensor: &Tensor) -> Vec<f32> {
-    tensor.blocks.iter().flat_map(|block| (0..block.rows).flat_map(move |row| row_as_f32(block, row))).collect()
 }

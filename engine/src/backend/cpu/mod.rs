@@ -30,8 +30,9 @@ use self::matrix::Aligned;
 use self::product::{Bf16, Element, F32, Product};
 use self::simd::{Isa, round_bf16};
 use self::threads::Pool;
-use super::{Backend, BackendError, ComputeType, HeadShape, StepBatch};
+use super::{Backend, BackendError, Begun, ComputeType, HeadShape, StepBatch};
 use crate::checkpoint::Tensor;
+use crate::request::Choice;
 
 /// Runs the model on threads of this process, with the best instruction set of the CPU.
 pub struct CpuBackend {
@@ -178,6 +179,7 @@ thread_local! {
 }
 
 impl Backend for CpuBackend {
+    const CHOOSES: bool = false;
     type Matrix = Matrix;
     type Norm = Norm;
     type Buffer = Buffer;
@@ -189,8 +191,8 @@ impl Backend for CpuBackend {
     }
 
     fn norm(&self, gamma: &Tensor, beta: &Tensor) -> Result<Norm, BackendError> {
-        let scale = matrix::to_f32(gamma).into_iter().map(|gamma| 1.0 + gamma).collect();
-        Ok(Norm { scale, shift: matrix::to_f32(beta) })
+        let scale = gamma.to_f32().into_iter().map(|gamma| 1.0 + gamma).collect();
+        Ok(Norm { scale, shift: beta.to_f32() })
     }
 
     fn buffer(&self, capacity: usize, width: usize) -> Result<Buffer, BackendError> {
@@ -212,12 +214,16 @@ impl Backend for CpuBackend {
         Ok(KvCache { keys: elements()?, values: elements()?, page_tokens })
     }
 
-    fn begin(&self, _: &StepBatch) -> Result<(), BackendError> {
+    fn begin(&self, batch: &StepBatch) -> Result<Begun, BackendError> {
+        Ok(Begun::Rows(batch.num_tokens()))
+    }
+
+    fn end(&self) -> Result<(), BackendError> {
         Ok(())
     }
 
-    fn finish(&self) -> Result<(), BackendError> {
-        Ok(())
+    fn poll(&self) -> Result<bool, BackendError> {
+        Ok(true)
     }
 
     fn embed(&self, table: &Matrix, first_id: u32, tokens: &[u32], out: &mut Buffer) {
@@ -305,6 +311,10 @@ impl Backend for CpuBackend {
             let index = indices[row] as usize;
             out.copy_from_slice(&x.rows(index + 1)[index * width..]);
         });
+    }
+
+    fn choose(&self, _: &[Choice], _: usize, _: &mut Buffer, _: &mut Vec<Option<u32>>) -> Result<bool, BackendError> {
+        Ok(false)
     }
 
     fn fetch<'a>(&self, rows: usize, x: &'a mut Buffer) -> Result<&'a mut [f32], BackendError> {

@@ -279,6 +279,7 @@ impl Sequence {
             };
             let page = |i| if reversed_pages { pages - 1 - i } else { i };
             let batch = StepBatch {
+                num_generated: 0,
                 tokens: vec![0; tokens],
                 positions: (first as u32..).take(tokens).collect(),
                 spans: vec![span],
@@ -384,6 +385,7 @@ fn sequences_of_a_step_do_not_see_each_other() {
         num_pages,
     };
     let batch = StepBatch {
+        num_generated: 0,
         tokens: vec![0; 75],
         positions: (0..5).chain(0..70).collect(),
         spans: vec![span(0, 5, 0, 1), span(5, 70, 1, 5)],

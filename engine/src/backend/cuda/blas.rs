@@ -1,0 +1,283 @@
+//! Large products by cuBLASLt.
+//!
+//! The algorithm of a shape is chosen once, for the largest number of rows, and used for every number: rows are filled up to whole tiles, so
+//! a row's sum is taken in the same order whatever rows are beside it. Asking again for each call would choose by the number of rows.
+
+use std::collections::HashMap;
+use std::ffi::{c_int, c_void};
+use std::path::PathBuf;
+use std::ptr::{self, null_mut};
+use std::sync::Arc;
+
+use super::device::{Device, Memory};
+use super::libraries;
+use crate::backend::BackendError;
+
+/// Rows are filled up to a multiple of this.
+pub(super) const ROW_TILE: usize = 128;
+const WORKSPACE_BYTES: usize = 64 << 20;
+
+const NAMES: &[&str] = &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"];
+
+// Values of cublasLt.h, library_types.h and cublas_api.h; they have been the same since CUDA 11.
+const STATUS_SUCCESS: c_int = 0;
+const R_32F: c_int = 0;
+const R_16BF: c_int = 14;
+const COMPUTE_32F: c_int = 68;
+const OP_T: i32 = 1;
+const DESC_TRANSA: c_int = 3;
+const PREF_MAX_WORKSPACE_BYTES: c_int = 1;
+
+type Handle = *mut c_void;
+type Status = c_int;
+
+/// `cublasLtMatmulAlgo_t`
+type Algorithm = [u64; 8];
+
+/// `cublasLtMatmulHeuristicResult_t`
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Heuristic {
+    algorithm: Algorithm,
+    workspace_bytes: usize,
+    state: Status,
+    waves: f32,
+    reserved: [c_int; 4],
+}
+
+/// Declares the table of functions and how it is filled.
+macro_rules! functions {
+    ($($field:ident = $name:literal ( $($argument:ty),* );)*) => {
+        struct Functions {
+            $($field: unsafe extern "C" fn($($argument),*) -> Status,)*
+        }
+
+        impl Functions {
+            fn load(folders: &[PathBuf]) -> Result<Self, BackendError> {
+                let library = libraries::open(NAMES, &[$($name),*], folders)?;
+                let missing = |error: libloading::Error| libraries::unavailable(error.to_string());
+                let functions = Self {
+                    // SAFETY: the signature is that of the function's declaration in cublasLt.h.
+                    $($field: *unsafe { library.get($name) }.map_err(missing)?,)*
+                };
+                // What it runs may outlive whoever loaded it.
+                std::mem::forget(library);
+                Ok(functions)
+            }
+        }
+    };
+}
+
+functions! {
+    create = "cublasLtCreate" (*mut Handle);
+    destroy = "cublasLtDestroy" (Handle);
+    desc_create = "cublasLtMatmulDescCreate" (*mut Handle, c_int, c_int);
+    desc_set = "cublasLtMatmulDescSetAttribute" (Handle, c_int, *const c_void, usize);
+    desc_destroy = "cublasLtMatmulDescDestroy" (Handle);
+    layout_create = "cublasLtMatrixLayoutCreate" (*mut Handle, c_int, u64, u64, i64);
+    layout_destroy = "cublasLtMatrixLayoutDestroy" (Handle);
+    preference_create = "cublasLtMatmulPreferenceCreate" (*mut Handle);
+    preference_set = "cublasLtMatmulPreferenceSetAttribute" (Handle, c_int, *const c_void, usize);
+    preference_destroy = "cublasLtMatmulPreferenceDestroy" (Handle);
+    heuristic = "cublasLtMatmulAlgoGetHeuristic"
+        (Handle, Handle, Handle, Handle, Handle, Handle, Handle, c_int, *mut Heuristic, *mut c_int);
+    matmul = "cublasLtMatmul"
+        (Handle, Handle, *const f32, *const c_void, Handle, *const c_void, Handle, *const f32, *const c_void, Handle,
+         *mut c_void, Handle, *const Algorithm, *mut c_void, usize, *mut c_void);
+}
+
+/// A weight matrix, and the rows that a product with it can have at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    /// [rows, cols]
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    /// A multiple of [`ROW_TILE`].
+    pub(super) capacity: usize,
+}
+
+/// A handle of the library with a workspace.
+pub(super) struct Blas {
+    functions: Functions,
+    handle: Handle,
+    device: Arc<Device>,
+    workspace: Memory,
+    algorithms: HashMap<Shape, Algorithm>,
+    /// By shape and rows.
+    plans: HashMap<(Shape, usize), Plan>,
+}
+
+/// The descriptions of one call.
+struct Plan {
+    description: Handle,
+    weights: Handle,
+    x: Handle,
+    out: Handle,
+}
+
+// SAFETY: the library's handles may be used from any thread, one at a time.
+unsafe impl Send for Blas {}
+
+impl Blas {
+    /// # Errors
+    /// The library is missing or cannot use the device.
+    pub(super) fn new(device: &Arc<Device>, folders: &[PathBuf]) -> Result<Self, BackendError> {
+        let functions = Functions::load(folders)?;
+        let workspace = device.allocate("the workspace of matrix products", WORKSPACE_BYTES)?;
+        let mut handle = null_mut();
+        // SAFETY: the context is current on this thread since the allocation.
+        check("cublasLtCreate", unsafe { (functions.create)(&raw mut handle) })?;
+        let (algorithms, plans) = (HashMap::new(), HashMap::new());
+        Ok(Self { functions, handle, device: Arc::clone(device), workspace, algorithms, plans })
+    }
+
+    /// Puts the product of `rows` rows of bf16 (filled up to [`ROW_TILE`]s, which must be there) on the stream; the result is f32.
+    ///
+    /// # Errors
+    /// The library has no algorithm for the shape, or refuses the call.
+    pub(super) fn multiply(
+        &mut self,
+        shape: Shape,
+        rows: usize,
+        x: u64,
+        weights: u64,
+        out: u64,
+    ) -> Result<(), BackendError> {
+        let rows = rows.next_multiple_of(ROW_TILE);
+        assert!(rows <= shape.capacity, "buffers have room for whole tiles");
+        let algorithm = self.algorithm(shape)?;
+        let plan = self.plan(shape, rows)?;
+        let (description, a, b, d) = (plan.description, plan.weights, plan.x, plan.out);
+        let (one, zero): (f32, f32) = (1.0, 0.0);
+        // SAFETY: the descriptions fit the buffers: `rows` ≤ capacity, and the shapes are the caller's.
+        let status = unsafe {
+            (self.functions.matmul)(
+                self.handle,
+                description,
+                &raw const one,
+                ptr::with_exposed_provenance(weights as usize),
+                a,
+                ptr::with_exposed_provenance(x as usize),
+                b,
+                &raw const zero,
+                ptr::with_exposed_provenance(out as usize),
+                d,
+                ptr::with_exposed_provenance_mut(out as usize),
+                d,
+                &raw const algorithm,
+                ptr::with_exposed_provenance_mut(self.workspace.pointer() as usize),
+                self.workspace.bytes(),
+                self.device.stream().cast(),
+            )
+        };
+        check("cublasLtMatmul", status)
+    }
+
+    /// The algorithm of a shape.
+    fn algorithm(&mut self, shape: Shape) -> Result<Algorithm, BackendError> {
+        if let Some(algorithm) = self.algorithms.get(&shape) {
+            return Ok(*algorithm);
+        }
+        let plan = Plan::new(&self.functions, shape, shape.capacity)?;
+        let Functions { preference_create, preference_set, preference_destroy, heuristic, .. } = self.functions;
+        let mut preference = null_mut();
+        let mut found = 0;
+        let empty =
+            Heuristic { algorithm: [0; 8], workspace_bytes: 0, state: STATUS_SUCCESS, waves: 0.0, reserved: [0; 4] };
+        let mut result = empty;
+        let bytes = WORKSPACE_BYTES as u64;
+        // SAFETY: all pointers are to live values of the types that the functions want.
+        let status = unsafe {
+            check("cublasLtMatmulPreferenceCreate", preference_create(&raw mut preference))?;
+            let set = preference_set(preference, PREF_MAX_WORKSPACE_BYTES, (&raw const bytes).cast(), size_of::<u64>());
+            let status = heuristic(
+                self.handle,
+                plan.description,
+                plan.weights,
+                plan.x,
+                plan.out,
+                plan.out,
+                preference,
+                1,
+                &raw mut result,
+                &raw mut found,
+            );
+            preference_destroy(preference);
+            plan.destroy(&self.functions);
+            check("cublasLtMatmulPreferenceSetAttribute", set).map(|()| status)?
+        };
+        check("cublasLtMatmulAlgoGetHeuristic", status)?;
+        if found == 0 || result.state != STATUS_SUCCESS {
+            let reason = format!("cuBLASLt has no algorithm for a product of {shape:?}");
+            return Err(BackendError::Failed { device: "CUDA", reason });
+        }
+        self.algorithms.insert(shape, result.algorithm);
+        Ok(result.algorithm)
+    }
+
+    fn plan(&mut self, shape: Shape, rows: usize) -> Result<&Plan, BackendError> {
+        // Not `entry`: making one can fail.
+        if !self.plans.contains_key(&(shape, rows)) {
+            let plan = Plan::new(&self.functions, shape, rows)?;
+            self.plans.insert((shape, rows), plan);
+        }
+        Ok(&self.plans[&(shape, rows)])
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        for plan in self.plans.values() {
+            plan.destroy(&self.functions);
+        }
+        // SAFETY: created in `new`, used no more.
+        unsafe { (self.functions.destroy)(self.handle) };
+    }
+}
+
+impl Plan {
+    /// The library thinks in columns: to it, x [rows, cols] is [cols, rows], the weights are [cols, n] and are transposed, and the result is
+    /// [n, rows].
+    fn new(functions: &Functions, shape: Shape, rows: usize) -> Result<Self, BackendError> {
+        let mut description = null_mut();
+        let transposed = OP_T;
+        // SAFETY: the pointers are to live values.
+        unsafe {
+            check("cublasLtMatmulDescCreate", (functions.desc_create)(&raw mut description, COMPUTE_32F, R_32F))?;
+            let set = (functions.desc_set)(description, DESC_TRANSA, (&raw const transposed).cast(), size_of::<i32>());
+            check("cublasLtMatmulDescSetAttribute", set)?;
+        }
+        let layout = |kind: c_int, rows: usize, cols: usize| {
+            let mut layout = null_mut();
+            // SAFETY: the pointer is to a live value.
+            let status =
+                unsafe { (functions.layout_create)(&raw mut layout, kind, rows as u64, cols as u64, rows as i64) };
+            check("cublasLtMatrixLayoutCreate", status).map(|()| layout)
+        };
+        Ok(Self {
+            description,
+            weights: layout(R_16BF, shape.cols, shape.rows)?,
+            x: layout(R_16BF, shape.cols, rows)?,
+            out: layout(R_32F, shape.rows, rows)?,
+        })
+    }
+
+    fn destroy(&self, functions: &Functions) {
+        // SAFETY: created in `new`, used no more.
+        unsafe {
+            (functions.desc_destroy)(self.description);
+            for layout in [self.weights, self.x, self.out] {
+                (functions.layout_destroy)(layout);
+            }
+        }
+    }
+}
+
+fn check(function: &str, status: Status) -> Result<(), BackendError> {
+    match status {
+        STATUS_SUCCESS => Ok(()),
+        status => Err(BackendError::Failed { device: "CUDA", reason: format!("{function} returned status {status}") }),
+    }
+}
+
+const _: () = assert!(size_of::<Heuristic>() == 96);

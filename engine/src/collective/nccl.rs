@@ -1,0 +1,405 @@
+//! Collectives of CUDA ranks, over buffers in device memory, by NCCL.
+//!
+//! A sum must have the same bits whatever rows are beside a row, and NCCL's own all-reduce cuts a buffer by its length. So NCCL only
+//! moves data, and our kernel adds, in the binary tree over ranks of [`super`]: of a short buffer every rank gets all summands; of a long
+//! one it gets its share of each, and the sums of the shares go round. That moves as many bytes as a ring does.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::path::PathBuf;
+use std::ptr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cudarc::driver::sys::{CUDA_MEMCPY2D, CUmemorytype, cuMemcpy2DAsync_v2};
+use nemotron_kernels::Ptr;
+use nemotron_kernels::ops::{GemmReduce, Store};
+
+use super::{Collective, CollectiveError};
+use crate::backend::BackendError;
+use crate::backend::cuda::{Buffer, CudaBackend, Device, Memory, open_library};
+use crate::config::Mesh;
+
+/// Sums of at most so many bytes go in one exchange.
+const SHORT_BYTES: usize = 512 << 10;
+const FLOAT: usize = 4;
+
+// Values of nccl.h.
+const SUCCESS: c_int = 0;
+const IN_PROGRESS: c_int = 7;
+const FLOAT32: c_int = 7;
+const MAGIC: u32 = 0xcafe_beef;
+/// The version whose layout [`Config`] has; newer libraries know it.
+const CONFIG_VERSION: u32 = 22_403;
+const UNSET: c_int = c_int::MIN;
+
+type Comm = *mut c_void;
+
+/// `ncclUniqueId`: by which ranks find each other.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct UniqueId(pub [u8; 128]);
+
+/// `ncclConfig_t`
+#[repr(C)]
+struct Config {
+    size: usize,
+    magic: u32,
+    version: u32,
+    blocking: c_int,
+    cga_cluster_size: c_int,
+    min_ctas: c_int,
+    max_ctas: c_int,
+    net_name: *const c_char,
+    split_share: c_int,
+}
+
+/// Declares the table of functions and how it is filled.
+macro_rules! functions {
+    ($($field:ident = $name:literal ( $($argument:ty),* ) -> $result:ty;)*) => {
+        struct Functions {
+            $($field: unsafe extern "C" fn($($argument),*) -> $result,)*
+        }
+
+        impl Functions {
+            fn load(folders: &[PathBuf]) -> Result<Self, BackendError> {
+                let library = open_library(&["libnccl.so.2", "libnccl.so"], &[$($name),*], folders)?;
+                let missing = |error: libloading::Error| BackendError::Unavailable { device: "CUDA", reason: error.to_string() };
+                let functions = Self {
+                    // SAFETY: the signature is that of the function's declaration in nccl.h.
+                    $($field: *unsafe { library.get($name) }.map_err(missing)?,)*
+                };
+                // Its threads may outlive whoever loaded it.
+                std::mem::forget(library);
+                Ok(functions)
+            }
+        }
+    };
+}
+
+functions! {
+    get_unique_id = "ncclGetUniqueId" (*mut UniqueId) -> c_int;
+    init_rank = "ncclCommInitRankConfig" (*mut Comm, c_int, UniqueId, c_int, *mut Config) -> c_int;
+    split = "ncclCommSplit" (Comm, c_int, c_int, *mut Comm, *mut Config) -> c_int;
+    async_error = "ncclCommGetAsyncError" (Comm, *mut c_int) -> c_int;
+    abort = "ncclCommAbort" (Comm) -> c_int;
+    all_gather = "ncclAllGather" (*const c_void, *mut c_void, usize, c_int, Comm, *mut c_void) -> c_int;
+    send = "ncclSend" (*const c_void, usize, c_int, c_int, Comm, *mut c_void) -> c_int;
+    recv = "ncclRecv" (*mut c_void, usize, c_int, c_int, Comm, *mut c_void) -> c_int;
+    group_start = "ncclGroupStart" () -> c_int;
+    group_end = "ncclGroupEnd" () -> c_int;
+    error_string = "ncclGetErrorString" (c_int) -> *const c_char;
+}
+
+/// The library.
+pub struct Nccl {
+    functions: Functions,
+}
+
+impl Nccl {
+    /// # Errors
+    /// It is not installed, or too old.
+    pub fn load(folders: &[PathBuf]) -> Result<Arc<Self>, BackendError> {
+        Ok(Arc::new(Self { functions: Functions::load(folders)? }))
+    }
+
+    /// A new identity of a group of ranks. The process must live until all of them have joined.
+    ///
+    /// # Errors
+    /// NCCL finds no network interface.
+    pub fn unique_id(&self) -> Result<UniqueId, CollectiveError> {
+        let mut id = UniqueId([0; 128]);
+        // SAFETY: the pointer is to a live value of the type.
+        let answer = unsafe { (self.functions.get_unique_id)(&raw mut id) };
+        match answer {
+            SUCCESS => Ok(id),
+            code => Err(CollectiveError::Nccl {
+                ranks: "all ranks".into(),
+                doing: "creating the group's identity",
+                reason: self.describe(code),
+            }),
+        }
+    }
+
+    fn describe(&self, code: c_int) -> String {
+        // SAFETY: NCCL answers any number with a static text.
+        let text = unsafe { CStr::from_ptr((self.functions.error_string)(code)) };
+        format!("{} ({code})", text.to_string_lossy())
+    }
+}
+
+/// Ranks that exchange data.
+struct Group {
+    nccl: Arc<Nccl>,
+    comm: Comm,
+    /// For messages.
+    ranks: String,
+    /// How long a call may take to be accepted: the first ones connect the ranks.
+    limit: Duration,
+}
+
+// SAFETY: a communicator may be used from any thread, one at a time.
+unsafe impl Send for Group {}
+
+impl Group {
+    fn error(&self, doing: &'static str, code: c_int) -> CollectiveError {
+        CollectiveError::Nccl { ranks: self.ranks.clone(), doing, reason: self.nccl.describe(code) }
+    }
+
+    /// The group's state.
+    fn state(&self) -> c_int {
+        let mut state = SUCCESS;
+        // SAFETY: the communicator is live.
+        match unsafe { (self.nccl.functions.async_error)(self.comm, &raw mut state) } {
+            SUCCESS => state,
+            code => code,
+        }
+    }
+
+    /// Waits until a call that answered `code` has been accepted.
+    fn settle(&self, doing: &'static str, mut code: c_int) -> Result<(), CollectiveError> {
+        let start = Instant::now();
+        while code == IN_PROGRESS {
+            if start.elapsed() > self.limit {
+                let seconds = self.limit.as_secs_f64();
+                return Err(CollectiveError::NcclTimeout { ranks: self.ranks.clone(), doing, seconds });
+            }
+            std::thread::sleep(Duration::from_micros(200));
+            code = self.state();
+        }
+        if code == SUCCESS { Ok(()) } else { Err(self.error(doing, code)) }
+    }
+
+    /// All ranks' `count` floats one after another, on every rank.
+    fn all_gather(&self, device: &Device, from: u64, to: u64, count: usize) -> Result<(), CollectiveError> {
+        let f = &self.nccl.functions;
+        let (from, to) = (ptr::with_exposed_provenance(from as usize), ptr::with_exposed_provenance_mut(to as usize));
+        // SAFETY: the caller's buffers have room for the floats, and live until the stream has passed.
+        let code = unsafe { (f.all_gather)(from, to, count, FLOAT32, self.comm, device.stream().cast()) };
+        self.settle("gathering", code)
+    }
+
+    /// Sends and receives at once, each (address, floats, peer).
+    fn exchange(
+        &self,
+        doing: &'static str,
+        device: &Device,
+        sends: impl IntoIterator<Item = (u64, usize, usize)>,
+        recvs: impl IntoIterator<Item = (u64, usize, usize)>,
+    ) -> Result<(), CollectiveError> {
+        let f = &self.nccl.functions;
+        let stream = device.stream().cast();
+        let check = |code| if matches!(code, SUCCESS | IN_PROGRESS) { Ok(()) } else { Err(self.error(doing, code)) };
+        // SAFETY: as for `all_gather`.
+        unsafe {
+            check((f.group_start)())?;
+            for (from, count, peer) in sends {
+                let from = ptr::with_exposed_provenance(from as usize);
+                check((f.send)(from, count, FLOAT32, peer as c_int, self.comm, stream))?;
+            }
+            for (to, count, peer) in recvs {
+                let to = ptr::with_exposed_provenance_mut(to as usize);
+                check((f.recv)(to, count, FLOAT32, peer as c_int, self.comm, stream))?;
+            }
+            let code = (f.group_end)();
+            self.settle(doing, code)
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // SAFETY: used no more. Unlike destroying it, this never waits for other ranks.
+        unsafe { (self.nccl.functions.abort)(self.comm) };
+    }
+}
+
+/// The groups of one rank.
+pub struct NcclCollective {
+    device: Arc<Device>,
+    mesh: Mesh,
+    rank: usize,
+    /// `None` where the dimension is 1.
+    tensor: Option<Group>,
+    pipeline: Option<Group>,
+    /// Other ranks' data, f32.
+    received: Memory,
+    /// What the groups were split from; it goes after them.
+    _all: Group,
+}
+
+impl NcclCollective {
+    /// Bytes that other ranks' data need, where `sum` is the number of floats of the longest sum, and `columns` that of the longest gather on
+    /// one rank.
+    pub fn received_bytes(mesh: Mesh, sum: usize, columns: usize) -> usize {
+        FLOAT * (mesh.tp * sum.min(SHORT_BYTES / FLOAT)).max(sum).max(mesh.tp * columns)
+    }
+
+    /// Joins the ranks that were given `id`; `received` has [`Self::received_bytes`], and its device is the calling thread's.
+    ///
+    /// # Errors
+    /// A rank has not joined within `limit`, or cannot be reached.
+    pub fn join(
+        nccl: &Arc<Nccl>,
+        device: &Arc<Device>,
+        id: UniqueId,
+        (mesh, rank): (Mesh, usize),
+        limit: Duration,
+        received: Memory,
+    ) -> Result<Self, CollectiveError> {
+        let world = mesh.world_size();
+        let mut config = Config {
+            size: size_of::<Config>(),
+            magic: MAGIC,
+            version: CONFIG_VERSION,
+            blocking: 0,
+            cga_cluster_size: UNSET,
+            min_ctas: UNSET,
+            max_ctas: UNSET,
+            net_name: ptr::null(),
+            split_share: UNSET,
+        };
+        let mut comm = ptr::null_mut();
+        let functions = &nccl.functions;
+        // SAFETY: the pointers are to live values of the types that the function wants.
+        let code = unsafe { (functions.init_rank)(&raw mut comm, world as c_int, id, rank as c_int, &raw mut config) };
+        let ranks = format!("the ranks 0 to {}", world - 1);
+        if comm.is_null() {
+            return Err(CollectiveError::Nccl { ranks, doing: "starting", reason: nccl.describe(code) });
+        }
+        let all = Group { nccl: Arc::clone(nccl), comm, ranks, limit };
+        all.settle("starting", code)?;
+        let (stage, tp_rank) = (mesh.stage(rank), mesh.tp_rank(rank));
+        let tensor_ranks = format!("the ranks {} to {} of stage {stage}", rank - tp_rank, rank - tp_rank + mesh.tp - 1);
+        let tensor = all.split(mesh.tp, stage, tp_rank, tensor_ranks)?;
+        let pipeline_ranks = format!("the ranks {tp_rank} of all stages");
+        let pipeline = all.split(mesh.pp, tp_rank, stage, pipeline_ranks)?;
+        Ok(Self { device: Arc::clone(device), mesh, rank, tensor, pipeline, received, _all: all })
+    }
+
+    /// Adds the summands of all ranks, which lie one after another.
+    fn add(&self, summands: u64, count: usize, out: u64) {
+        let reduce = GemmReduce {
+            partials: Ptr::new(summands),
+            out: Ptr::new(out),
+            count: count as u64,
+            parts: self.mesh.tp as u32,
+            store: Store::F32 as u32,
+        };
+        // SAFETY: the buffers have room for the summands and for the sum.
+        unsafe { self.device.launch(&reduce.launch()) };
+    }
+
+    /// One share of `count` floats, if they can be shared out evenly in the pieces that kernels work in.
+    fn share(&self, count: usize) -> Option<usize> {
+        let share = count / self.mesh.tp;
+        (share * self.mesh.tp == count && share.is_multiple_of(4)).then_some(share)
+    }
+}
+
+impl Group {
+    /// The ranks of this group that name the same color, in the order of their keys.
+    fn split(&self, size: usize, color: usize, key: usize, ranks: String) -> Result<Option<Self>, CollectiveError> {
+        let mut comm = ptr::null_mut();
+        let f = &self.nccl.functions;
+        if size == 1 {
+            return Ok(None);
+        }
+        // SAFETY: the communicator is live; without a configuration the new one is like it.
+        let code = unsafe { (f.split)(self.comm, color as c_int, key as c_int, &raw mut comm, ptr::null_mut()) };
+        self.settle("splitting the ranks", code)?;
+        let group = Self { nccl: Arc::clone(&self.nccl), comm, ranks, limit: self.limit };
+        group.settle("splitting the ranks", group.state())?;
+        Ok(Some(group))
+    }
+}
+
+impl Collective<CudaBackend> for NcclCollective {
+    fn all_reduce(&mut self, rows: usize, x: &mut Buffer) -> Result<(), CollectiveError> {
+        let Some(group) = &self.tensor else { return Ok(()) };
+        let (count, x, received) = (rows * x.width(), x.address(), self.received.pointer());
+        let Some(share) = self.share(count).filter(|_| count * FLOAT > SHORT_BYTES) else {
+            group.all_gather(&self.device, x, received, count)?;
+            self.add(received, count, x);
+            return Ok(());
+        };
+        let own = self.mesh.tp_rank(self.rank);
+        let at = |start: u64, index: usize| start + (index * share * FLOAT) as u64;
+        let peers = || 0..self.mesh.tp;
+        let sends = peers().map(|peer| (at(x, peer), share, peer));
+        let recvs = peers().map(|peer| (at(received, peer), share, peer));
+        group.exchange("summing", &self.device, sends, recvs)?;
+        self.add(received, share, at(x, own));
+        group.all_gather(&self.device, at(x, own), x, share)
+    }
+
+    fn gather_columns(&mut self, rows: usize, x: &Buffer, out: &mut Buffer) -> Result<(), CollectiveError> {
+        let Some(group) = &self.tensor else { return Ok(()) };
+        let (width, count, received) = (x.width(), rows * x.width(), self.received.pointer());
+        group.all_gather(&self.device, x.address(), received, count)?;
+        if self.mesh.tp_rank(self.rank) > 0 {
+            return Ok(());
+        }
+        for peer in 0..self.mesh.tp {
+            let copy = CUDA_MEMCPY2D {
+                srcMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+                srcDevice: received + (peer * count * FLOAT) as u64,
+                srcPitch: width * FLOAT,
+                dstMemoryType: CUmemorytype::CU_MEMORYTYPE_DEVICE,
+                dstDevice: out.address() + (peer * width * FLOAT) as u64,
+                dstPitch: out.width() * FLOAT,
+                WidthInBytes: width * FLOAT,
+                Height: rows,
+                srcXInBytes: 0,
+                srcY: 0,
+                srcHost: ptr::null(),
+                srcArray: ptr::null_mut(),
+                dstXInBytes: 0,
+                dstY: 0,
+                dstHost: ptr::null_mut(),
+                dstArray: ptr::null_mut(),
+            };
+            // SAFETY: both ranges are inside their buffers: `out` has tp times the columns.
+            let answer = unsafe { cuMemcpy2DAsync_v2(&raw const copy, self.device.stream()) };
+            self.device.note("placing columns", answer.result());
+        }
+        Ok(())
+    }
+
+    fn send_next(&mut self, rows: usize, x: &Buffer) -> Result<(), CollectiveError> {
+        let Some(group) = &self.pipeline else { return Ok(()) };
+        let next = self.mesh.stage(self.rank) + 1;
+        let (count, own) = (rows * x.width(), self.mesh.tp_rank(self.rank));
+        // All ranks of the stage hold the same, so each sends a share over its own network card.
+        let part = match self.share(count) {
+            Some(share) => (x.address() + (own * share * FLOAT) as u64, share, next),
+            None => (x.address(), count, next),
+        };
+        group.exchange("handing over to the next stage", &self.device, [part], [])
+    }
+
+    fn recv_previous(&mut self, rows: usize, x: &mut Buffer) -> Result<(), CollectiveError> {
+        let Some(group) = &self.pipeline else { return Ok(()) };
+        let previous = self.mesh.stage(self.rank) - 1;
+        let (count, own) = (rows * x.width(), self.mesh.tp_rank(self.rank));
+        let doing = "taking over from the previous stage";
+        let Some(share) = self.share(count) else {
+            return group.exchange(doing, &self.device, [], [(x.address(), count, previous)]);
+        };
+        let at = x.address() + (own * share * FLOAT) as u64;
+        group.exchange(doing, &self.device, [], [(at, share, previous)])?;
+        match &self.tensor {
+            Some(tensor) => tensor.all_gather(&self.device, at, x.address(), share),
+            None => Ok(()),
+        }
+    }
+
+    fn check(&self) -> Result<(), CollectiveError> {
+        for group in self.tensor.iter().chain(&self.pipeline) {
+            match group.state() {
+                SUCCESS | IN_PROGRESS => {}
+                code => return Err(group.error("computing together", code)),
+            }
+        }
+        Ok(())
+    }
+}

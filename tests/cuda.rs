@@ -1,0 +1,260 @@
+//! The engine on devices: the binary's CUDA backend, graphs and collectives run as they are, over stand-ins for NVIDIA's libraries that
+//! carry kernels out on the CPU (`tests/standin`).
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use futures_util::future::join_all;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::support::standin::libraries;
+use super::support::{finish, nemotron, root};
+
+/// What bf16 moves a log-probability of the golden model by, at most: queries and weights of attention are rounded too.
+const TOLERANCE: f64 = 0.05;
+
+/// A place for one run.
+struct World {
+    home: TempDir,
+}
+
+impl World {
+    fn new() -> Self {
+        Self { home: tempfile::tempdir().unwrap() }
+    }
+
+    fn command(&self) -> Command {
+        let mut command = nemotron(self.home.path());
+        command.env("LD_LIBRARY_PATH", libraries());
+        command
+    }
+
+    /// `launch --serve` of the golden model as run `run`, until it is ready; the exit code and stderr.
+    fn launch(&self, arguments: &[&str], variables: &[(&str, &str)]) -> (i32, String) {
+        let mut command = self.command();
+        command.args(["launch", "--serve", "--wait", "ready", "--port", "0", "--no-auth", "--name", "run", "--model"]);
+        command
+            .arg(root().join("tests/fixtures/golden/tiny-hf"))
+            .args(["--set", "limits.kv_tokens=4096"])
+            .args(arguments);
+        let (code, _, stderr) = finish(command.envs(variables.iter().copied()));
+        (code, stderr)
+    }
+
+    /// A run that must become ready.
+    fn serve(&self, arguments: &[&str], variables: &[(&str, &str)]) -> Server<'_> {
+        let (code, stderr) = self.launch(arguments, variables);
+        assert_eq!(code, 0, "{stderr}\n{}", self.logs());
+        let endpoint: Value = serde_json::from_slice(&fs::read(self.run().join("endpoint.json")).unwrap()).unwrap();
+        Server { world: self, url: endpoint["url"].as_str().unwrap().to_owned() }
+    }
+
+    fn run(&self) -> PathBuf {
+        self.home.path().join("runs/run")
+    }
+
+    fn logs(&self) -> String {
+        let files = fs::read_dir(self.run().join("attempt-000")).into_iter().flatten();
+        files.map(|file| fs::read_to_string(file.unwrap().path()).unwrap()).collect()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        _ = self.command().args(["cancel", "run"]).output();
+    }
+}
+
+struct Server<'a> {
+    world: &'a World,
+    url: String,
+}
+
+impl Server<'_> {
+    /// The answer to greedy requests for 16 tokens.
+    async fn put(&self, changes: Value) -> Value {
+        let mut body = json!({
+            "tokens_to_generate": 16, "temperature": 1.0, "top_k": 1, "top_p": 0.0, "greedy": true, "add_BOS": false,
+            "repetition_penalty": 1.0, "min_tokens_to_generate": 16, "end_strings": ["<extra_id_1>"],
+        });
+        body.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        client.put(format!("{}/generate", self.url)).json(&body).send().await.unwrap().json().await.unwrap()
+    }
+
+    /// Waits for the end of the run; its exit code and the last words of the supervisor.
+    fn end(&self) -> (i32, String) {
+        let (code, stdout, stderr) = finish(self.world.command().args(["wait", "run", "--for", "done"]));
+        (code, stdout + &stderr + &self.world.logs())
+    }
+}
+
+fn golden() -> Vec<Value> {
+    let path = root().join("tests/fixtures/golden/expected.json");
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+fn floats(values: &Value) -> Vec<f64> {
+    values.as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn golden_prompts_on_one_device_and_on_four() {
+    let meshes: [&[&str]; 2] = [&["--profile", "h100x1"], &["--profile", "h200x8", "--tp", "2", "--pp", "2"]];
+    for mesh in meshes {
+        let world = World::new();
+        let server = world.serve(mesh, &[]);
+        for case in golden() {
+            let asked = json!({"sentences": [case["prompt"]], "compute_logprob": true, "all_probs": true});
+            let reply = server.put(asked).await;
+            let (prompt, greedy) = (case["ids"].as_array().unwrap(), case["greedy32"].as_array().unwrap());
+            let found = reply["token_ids"][0].as_array().unwrap();
+            // Where the runner-up is nearer than what rounding moves, another token may win.
+            if case["greedy32_min_margin"].as_f64().unwrap() > 0.02 {
+                assert_eq!(found[..], [prompt, &greedy[..16]].concat(), "{mesh:?} {}", case["prompt"]);
+            }
+            let last = floats(&reply["full_logprob"][0][prompt.len() - 1]);
+            let total = case["last_logsumexp"].as_f64().unwrap();
+            for (found, logit) in last.iter().zip(floats(&case["logits_last_first16"])) {
+                assert!((found - (logit - total)).abs() < TOLERANCE, "{mesh:?}: {found} is not {}", logit - total);
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_row_is_the_same_alone_and_beside_others_and_nothing_is_allocated_while_serving() {
+    let world = World::new();
+    let log = world.home.path().join("driver").display().to_string();
+    let server = world.serve(&["--profile", "h100x1"], &[("CUDA_STANDIN_LOG", &log)]);
+    let prompts: Vec<Value> = golden().iter().map(|case| case["prompt"].clone()).collect();
+    let asked = |prompt: &Value| json!({"sentences": [prompt], "compute_logprob": true});
+    let mut alone = Vec::new();
+    for prompt in &prompts {
+        alone.push(server.put(asked(prompt)).await);
+    }
+    let allocations = || {
+        let text = fs::read_dir(world.home.path()).unwrap().filter_map(|file| {
+            let path = file.unwrap().path();
+            path.display().to_string().starts_with(&log).then(|| fs::read_to_string(path).unwrap())
+        });
+        text.collect::<String>().lines().filter(|line| line.starts_with("alloc")).count()
+    };
+    let before = allocations();
+    assert!(before > 0);
+    let together = join_all(prompts.iter().chain(&prompts).map(|prompt| server.put(asked(prompt)))).await;
+    for (index, reply) in together.iter().enumerate() {
+        assert_eq!(*reply, alone[index % alone.len()]);
+    }
+    assert_eq!(allocations(), before, "device memory was allocated for a request");
+}
+
+#[tokio::test]
+async fn a_device_that_fails_ends_the_run_with_the_kernel_named() {
+    let world = World::new();
+    let (code, stderr) = world.launch(&["--profile", "h100x1"], &[("CUDA_STANDIN", "fail=5")]);
+    let text = stderr + &world.logs();
+    assert_eq!(code, 23, "{text}");
+    assert!(text.contains("CUDA_ERROR_LAUNCH_FAILED"), "{text}");
+}
+
+#[test]
+fn a_device_without_room_or_too_old_is_refused_before_anything_is_loaded() {
+    for (standin, exit, words) in [("memory=200", 27, "GiB are free"), ("major=7", 23, "compute capability 7.0")] {
+        let world = World::new();
+        let arguments = ["--profile", "h100x1", "--set", "limits.kv_tokens=400000"];
+        let (code, stderr) = world.launch(&arguments, &[("CUDA_STANDIN", standin)]);
+        let text = stderr + &world.logs();
+        assert_eq!(code, exit, "{text}");
+        assert!(text.contains(words), "{text}");
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_join_ends_the_run_at_the_deadline() {
+    let world = World::new();
+    let arguments = ["--profile", "h200x8", "--tp", "2", "--pp", "1", "--set", "deadlines.comm_init=3s"];
+    let (code, stderr) = world.launch(&arguments, &[("NCCL_STANDIN", "hang=1")]);
+    let text = stderr + &world.logs();
+    assert!(matches!(code, 20 | 24), "{code}: {text}");
+    assert!(text.contains("NCCL did not start among the ranks 0 to 1") || text.contains("COMM_INIT"), "{text}");
+}
+
+#[tokio::test]
+async fn a_failed_exchange_ends_the_run() {
+    let world = World::new();
+    let arguments = ["--profile", "h200x8", "--tp", "2", "--pp", "1"];
+    let server = world.serve(&arguments, &[("NCCL_STANDIN", "fail=60")]);
+    // More exchanges than that; whether a client hears of it depends on who is first.
+    _ = tokio::time::timeout(std::time::Duration::from_secs(60), server.put(json!({"sentences": ["a"]}))).await;
+    let (code, text) = server.end();
+    assert_eq!(code, 24, "{text}");
+    assert!(text.contains("NCCL failed among the ranks 0 to 1 of stage 0"), "{text}");
+}
+
+#[tokio::test]
+async fn a_killed_rank_ends_the_run_though_nccl_waits_for_ever() {
+    let world = World::new();
+    let server = world.serve(&["--profile", "h200x8", "--tp", "2", "--pp", "1"], &[]);
+    let status: Value = serde_json::from_slice(&fs::read(world.run().join("status.json")).unwrap()).unwrap();
+    let ranks: Vec<i32> = status["ranks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|rank| rank["process"]["pid"].as_i64().unwrap() as i32)
+        .collect();
+    let request = server.put(json!({"sentences": ["a"], "tokens_to_generate": 200}));
+    let end = async {
+        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        kill(Pid::from_raw(ranks[1]), Signal::SIGKILL).unwrap();
+        server.end()
+    };
+    let (_, (code, text)) = tokio::join!(tokio::time::timeout(std::time::Duration::from_secs(30), request), end);
+    assert_eq!(code, 25, "{text}");
+    assert!(text.contains("rank 1"), "{text}");
+    let left: BTreeSet<i32> = ranks.into_iter().filter(|pid| kill(Pid::from_raw(*pid), None).is_ok()).collect();
+    assert!(left.is_empty(), "{left:?} still run");
+}
+
+/// The dry run of what a machine with a device is checked with.
+#[test]
+fn gpu_check_runs_from_the_packed_folder_alone() {
+    let world = World::new();
+    let (pack, out) = (world.home.path().join("pack"), world.home.path().join("out"));
+    let script = root().join("scripts/gpu-check");
+    let mut packing = Command::new(&script);
+    let (code, _, stderr) =
+        finish(packing.arg("pack").arg(&pack).env("NEMOTRON_BINARY", env!("CARGO_BIN_EXE_nemotron")));
+    assert_eq!(code, 0, "{stderr}");
+    let mut run = Command::new(pack.join("gpu-check"));
+    run.arg("run").args([&pack, &out]).env("LD_LIBRARY_PATH", libraries()).env("GPU_CHECK", "small");
+    // What the copy is measured with is a share of the memory.
+    run.env("CUDA_STANDIN", "memory=1000");
+    let (code, stdout, stderr) = finish(run.env("PYTHON", python_with_numpy()));
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    let report: Value = serde_json::from_slice(&fs::read(out.join("gpu-check.json")).unwrap()).unwrap();
+    for step in ["doctor", "kernels", "golden", "rank"] {
+        assert_eq!(report["steps"][step]["state"], "ok", "{report}");
+    }
+    let rank = &report["steps"]["rank"];
+    assert!(
+        rank["decode"]["4"]["ms"].as_f64().unwrap() > 0.0 && rank["prefill"]["32"]["share"].as_f64().unwrap() > 0.0
+    );
+}
+
+/// A Python that has numpy, made once.
+fn python_with_numpy() -> PathBuf {
+    let home = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("numpy");
+    let python = home.join("bin/python3");
+    if !python.exists() || !Command::new(&python).args(["-c", "import numpy"]).status().unwrap().success() {
+        let run = |command: &mut Command| assert_eq!(finish(command).0, 0, "{command:?}");
+        run(Command::new("python3").args(["-m", "venv"]).arg(&home));
+        run(Command::new(&python).args(["-m", "pip", "install", "-q", "numpy"]));
+    }
+    python
+}
