@@ -105,7 +105,7 @@ impl GgufCheckpoint {
         let id = |key| scalars.get(key).and_then(Value::as_u64).and_then(|id| usize::try_from(id).ok());
         let pieces = pieces.into_iter().zip(scores).zip(kinds);
         let table = PieceTable {
-            pieces: pieces.map(|((text, score), kind)| (text, score as f32, kind as u64)).collect(),
+            pieces: pieces.map(|((text, score), kind)| (text, score as f32, piece_kind(text, kind as u64))).collect(),
             // The converter for Nemotron writes neither key, and the tokenizers of the family need neither.
             add_dummy_prefix: flag("tokenizer.ggml.add_space_prefix"),
             remove_extra_whitespaces: flag("tokenizer.ggml.remove_extra_whitespaces"),
@@ -161,6 +161,16 @@ impl CheckpointSource for GgufCheckpoint {
     fn files(&self) -> Vec<(String, u64)> {
         vec![(self.file.name(), self.file.num_bytes())]
     }
+}
+
+/// SentencePiece's type of a piece. The converter writes user-defined symbols, which those of the family are `<extra_id_…>`, as normal
+/// pieces unless a `tokenizer_config.json` lists them.
+fn piece_kind(text: &str, kind: u64) -> u64 {
+    const NORMAL: u64 = 1;
+    const USER_DEFINED: u64 = 4;
+    let number = text.strip_prefix("<extra_id_").and_then(|rest| rest.strip_suffix('>'));
+    let is_symbol = number.is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()));
+    if kind == NORMAL && is_symbol { USER_DEFINED } else { kind }
 }
 
 /// Names of `ggml_type`s, for messages.

@@ -1,4 +1,5 @@
-//! Decoding allocates nothing per token: counted over the whole process, with every slot of the engine in use.
+//! What is allocated, counted over the whole process: nothing per token when every slot of the engine decodes, and nothing that a damaged
+//! checkpoint only claims.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
@@ -14,14 +15,19 @@ use nemotron_engine::rank::{Limits, ModelSource};
 #[expect(dead_code, reason = "shared with the tests of the engine")]
 mod support;
 
+mod mutations;
+
 struct Counting;
 
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+/// Bytes of the largest allocation.
+static LARGEST: AtomicU64 = AtomicU64::new(0);
 
 // SAFETY: every call goes to the system's allocator as it came.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Relaxed);
+        LARGEST.fetch_max(layout.size() as u64, Relaxed);
         // SAFETY: the caller's promise about `layout` is passed on.
         unsafe { System.alloc(layout) }
     }
@@ -33,6 +39,7 @@ unsafe impl GlobalAlloc for Counting {
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Relaxed);
+        LARGEST.fetch_max(size as u64, Relaxed);
         // SAFETY: as above.
         unsafe { System.realloc(pointer, layout, size) }
     }
@@ -68,7 +75,13 @@ fn allocations_per_step(mesh: Mesh) -> f64 {
     (after - before) as f64 / ((last - first) as f64 / ROWS as f64)
 }
 
+/// One test, since both count what the process does.
 #[test]
+fn allocations_are_bounded() {
+    decoding_allocates_only_the_blocks_of_the_event_channels();
+    mutations::run();
+}
+
 fn decoding_allocates_only_the_blocks_of_the_event_channels() {
     // A channel takes a block for 32 events, so 64 rows take two a step. One more would be one allocation a step somewhere.
     for mesh in [Mesh { tp: 1, pp: 1 }, Mesh { tp: 2, pp: 2 }] {
