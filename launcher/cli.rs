@@ -171,6 +171,9 @@ pub struct LaunchArgs {
     /// Name of the run; made up when not given
     #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new(), help_heading = "Launching")]
     pub name: Option<String>,
+    /// So many runs share the job, row by row; each has its own job of Slurm's, or its own process here
+    #[arg(long, value_name = "N", requires = "job", help_heading = "Launching")]
+    pub replicas: Option<u32>,
     /// Resolve, plan and check, then stop before anything is started
     #[arg(long, help_heading = "Launching")]
     pub dry_run: bool,

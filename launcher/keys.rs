@@ -117,6 +117,7 @@ pub const KEYS: &[Key] = &[
     key("deadlines.warmup", None, Kind::Duration, "300s", "for a phase: a token is decoded across all ranks"),
     key("deadlines.drain", None, Kind::Duration, "120s", "for a phase: running requests finish"),
     key("deadlines.storage", None, Kind::Duration, "300s", "a job's journal or output cannot be written"),
+    key("deadlines.lease", None, Kind::Duration, "60s", "a replica shows no sign of life: the others take its rows over"),
     key("deadlines.progress", None, Kind::Duration, "300s", "work is queued but no step completes: the run has hung"),
 ];
 

@@ -37,6 +37,7 @@ pub mod profile;
 mod ranks;
 pub mod render;
 mod rendezvous;
+mod replicas;
 pub mod report;
 pub mod resolve;
 mod rundir;

@@ -3,11 +3,13 @@
 use std::time::{Duration, Instant};
 
 use crate::events::now;
+use crate::replicas;
 use crate::report::{Exit, Outcome};
 use crate::rundir::RunDir;
 use crate::slurm::client::{BRIEF, SlurmError};
 use crate::slurm::job::Job;
 use crate::slurm::parse::{self, Queued, State};
+use crate::spec::RunSpec;
 use crate::state::{End, RunPhase, Status};
 
 /// A supervisor that lives writes twice a second; the clocks of two hosts may differ by a little.
@@ -18,6 +20,9 @@ const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_sec
 /// Looks at a run again and again, and asks the scheduler only now and then.
 pub(crate) struct Observer {
     run_dir: RunDir,
+    spec: RunSpec,
+    /// Of its replicas, if it has some.
+    parts: Vec<Self>,
     scheduled: bool,
     job: Option<Job>,
     asked: Option<Instant>,
@@ -37,12 +42,18 @@ enum Answer {
 
 impl Observer {
     pub(crate) fn new(run_dir: &RunDir) -> Outcome<Self> {
-        let scheduled = run_dir.spec()?.site.is_some();
+        let spec = run_dir.spec()?;
+        let parts = replicas::of(run_dir, &spec).iter().map(Self::new).collect::<Outcome<_>>()?;
+        let scheduled = spec.site.is_some();
         let run_dir = run_dir.clone();
-        Ok(Self { run_dir, scheduled, job: None, asked: None, pause: PAUSES.0, answer: Answer::Nothing })
+        Ok(Self { run_dir, spec, parts, scheduled, job: None, asked: None, pause: PAUSES.0, answer: Answer::Nothing })
     }
 
     pub(crate) fn look(&mut self) -> Outcome<Status> {
+        if !self.parts.is_empty() {
+            let parts = self.parts.iter_mut().map(Self::look).collect::<Outcome<_>>()?;
+            return Ok(replicas::whole(&self.spec, parts));
+        }
         let status = Status::of(&self.run_dir)?;
         let age = now().duration_since(status.updated).unsigned_abs();
         if !self.scheduled || status.phase.is_end() || (status.supervisor.is_some() && age < FRESH) {

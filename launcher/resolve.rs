@@ -112,6 +112,7 @@ pub fn resume(args: &ResumeArgs, spec: &RunSpec, environment: &Environment, host
     };
     let mut resumed = resolve(&selection, *limit, environment, host)?.spec;
     resumed.name = spec.name.clone();
+    resumed.replicas = spec.replicas;
     Ok(Some(resumed))
 }
 
@@ -220,6 +221,7 @@ fn resolve_with(
         task,
         deadlines: deadlines(&settings, &plan),
         continuation: continuation(&settings),
+        replicas: None,
         site,
     };
     Ok(Resolved { spec, run_root: run_root(&settings, environment)?, plan, job, settings })

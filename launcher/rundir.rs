@@ -92,6 +92,11 @@ impl RunDir {
         runs.retain(|run| run.name().starts_with(selector));
         match runs.as_slice() {
             [run] => Ok(run.clone()),
+            [] if let Some(replica) =
+                Self::list(root).iter().find_map(|run| Self::open(&run.path.join(selector)).ok()) =>
+            {
+                Ok(replica)
+            }
             [] => Err(Failure::msg(Exit::Usage, format!("no run named {selector} in {}", root.display()))
                 .hint("`nemotron status` lists the runs")),
             several => {

@@ -31,6 +31,9 @@ pub struct RunSpec {
     pub deadlines: Deadlines,
     #[serde(default)]
     pub continuation: Continuation,
+    /// Its part in a job that several runs share.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<Replicas>,
     /// What Slurm is asked for; `None` without Slurm.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub site: Option<Site>,
@@ -73,6 +76,18 @@ pub enum Task {
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
         overrides: BTreeMap<String, toml::Value>,
     },
+}
+
+/// A job is shared by so many runs.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Replicas {
+    pub count: u32,
+    /// Which of them this run is; `None` for the one that holds them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<u32>,
+    /// Seconds without a sign of life after which the others take a replica's rows over.
+    pub lease_s: f64,
 }
 
 /// How far a run goes on by itself; what it may do is [`crate::report::Exit::retry`]'s to say.
@@ -146,6 +161,7 @@ pub(crate) mod testing {
                 storage: seconds(20),
             },
             continuation: Continuation::default(),
+            replicas: None,
             site: None,
         }
     }

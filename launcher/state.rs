@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::events::now;
 use crate::observe::Observer;
 use crate::process::ProcessId;
+use crate::replicas;
 use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::{RunDir, read_json};
 use crate::spec::{RunSpec, Task};
@@ -110,6 +111,9 @@ pub(crate) struct Status {
     /// When the scheduler takes the nodes back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) until: Option<Timestamp>,
+    /// Of a run that holds some.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) replicas: Vec<Self>,
     /// What the scheduler adds; never in the file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) note: Option<String>,
@@ -221,6 +225,7 @@ impl Status {
             job: None,
             eta_s: None,
             until: None,
+            replicas: Vec::new(),
             note: None,
             end: None,
         }
@@ -229,7 +234,12 @@ impl Status {
     /// The state of a run: the last snapshot, or what follows from its supervisor being dead.
     pub(crate) fn of(run_dir: &RunDir) -> Outcome<Self> {
         let Some(mut status) = read_json::<Self>(&run_dir.status_file())? else {
-            return Ok(Self::pending(&run_dir.spec()?, run_dir.last_attempt()));
+            let spec = run_dir.spec()?;
+            let parts = replicas::of(run_dir, &spec);
+            if !parts.is_empty() {
+                return Ok(replicas::whole(&spec, parts.iter().map(Self::of).collect::<Outcome<_>>()?));
+            }
+            return Ok(Self::pending(&spec, run_dir.last_attempt()));
         };
         let supervisor_gone = status.supervisor.as_ref().and_then(ProcessId::is_running) == Some(false);
         if supervisor_gone && !status.phase.is_end() {

@@ -37,6 +37,7 @@ use crate::process::{ProcessId, hostname};
 use crate::rendezvous::{
     Down, Hello, Identity, Link, Messages, NETWORK_HINT, RankEnd, Up, connect, listen, own_addresses, run_key,
 };
+use crate::replicas;
 use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::{RunDir, read_token};
 use crate::slurm;
@@ -414,6 +415,7 @@ impl Member<'_> {
             model,
             crashed: earlier.filter(crashed).map(|earlier| earlier.attempt).collect(),
             patience: self.spec.deadlines.storage,
+            share: replicas::share(run_dir, self.spec),
         })
     }
 

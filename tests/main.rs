@@ -11,6 +11,7 @@ mod docs;
 mod doctor;
 mod local;
 mod render;
+mod replicas;
 mod resume;
 mod serve;
 mod slurm;

@@ -13,13 +13,13 @@ use tempfile::TempDir;
 use super::support::{finish, nemotron, root};
 
 /// Nothing here takes that long unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A job in a folder of its own.
-struct Job(TempDir);
+pub(super) struct Job(TempDir);
 
 impl Job {
-    fn new(rows: usize, tokens: usize) -> Self {
+    pub(super) fn new(rows: usize, tokens: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let lines: String =
             (0..rows).map(|row| format!("{{\"id\":\"r{row}\",\"prompt\":\"Sing of {row}.\"}}\n")).collect();
@@ -32,11 +32,11 @@ impl Job {
         Self(dir)
     }
 
-    fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         self.0.path()
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub(super) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = nemotron(self.path());
         // A small cache starts fast, and few rows at a time end one after another.
         command.env("NEMOTRON_KV_TOKENS", "8192").env("NEMOTRON_MAX_SEQUENCES", "8");
@@ -44,43 +44,43 @@ impl Job {
         command
     }
 
-    fn start(&self, arguments: &[&str]) -> Child {
+    pub(super) fn start(&self, arguments: &[&str]) -> Child {
         self.command(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
     }
 
-    fn run(&self, arguments: &[&str]) -> (i32, String, String) {
+    pub(super) fn run(&self, arguments: &[&str]) -> (i32, String, String) {
         finish(&mut self.command(arguments))
     }
 
-    fn launch<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    pub(super) fn launch<'a>(more: &[&'a str]) -> Vec<&'a str> {
         [&["launch", "--profile", "cpu", "--job", "job.toml", "--name", "r"][..], more].concat()
     }
 
     #[track_caller]
-    fn expect(&self, code: i32, arguments: &[&str]) -> String {
+    pub(super) fn expect(&self, code: i32, arguments: &[&str]) -> String {
         let (found, stdout, stderr) = self.run(arguments);
         assert_eq!(found, code, "{arguments:?}\n{stdout}{stderr}");
         stdout + &stderr
     }
 
-    fn output(&self) -> Vec<u8> {
+    pub(super) fn output(&self) -> Vec<u8> {
         fs::read(self.path().join("out.jsonl")).unwrap()
     }
 
-    fn journal(&self, attempt: u32) -> PathBuf {
+    pub(super) fn journal(&self, attempt: u32) -> PathBuf {
         self.path().join(format!("runs/r/journal/attempt-{attempt:03}"))
     }
 
-    fn status(&self) -> Value {
+    pub(super) fn status(&self) -> Value {
         serde_json::from_str(&self.run(&["status", "r", "--json"]).1).unwrap_or_default()
     }
 
-    fn rows_done(&self) -> u64 {
+    pub(super) fn rows_done(&self) -> u64 {
         self.status()["job"]["rows_done"].as_u64().unwrap_or(0)
     }
 
     /// Waits until some rows of this attempt are done.
-    fn wait_for_rows(&self, rows: u64) {
+    pub(super) fn wait_for_rows(&self, rows: u64) {
         let deadline = Instant::now() + PATIENCE;
         while self.rows_done() < rows {
             assert!(Instant::now() < deadline, "{}", self.status());
@@ -89,7 +89,7 @@ impl Job {
     }
 }
 
-fn undisturbed(rows: usize, tokens: usize) -> Vec<u8> {
+pub(super) fn undisturbed(rows: usize, tokens: usize) -> Vec<u8> {
     let job = Job::new(rows, tokens);
     job.expect(0, &["batch", "--job", "job.toml"]);
     job.output()

@@ -62,6 +62,8 @@ pub struct EngineInfo {
     pub max_context: usize,
     /// Tokens that the KV cache holds.
     pub kv_tokens: usize,
+    /// Rows that run at the same time.
+    pub max_sequences: usize,
 }
 
 /// Counters since start, and gauges.

@@ -155,6 +155,7 @@ fn lead_or_follow<B: Backend + 'static>(
                 model_name: spec.model.name(),
                 max_context: config.max_context,
                 kv_tokens: limits.num_pages * limits.page_tokens,
+                max_sequences: limits.max_sequences,
                 config,
                 tokenizer,
                 mesh,

@@ -5,6 +5,7 @@ use nix::sys::signal::Signal;
 use crate::cli::CancelArgs;
 use crate::observe::Observer;
 use crate::process::ProcessId;
+use crate::replicas;
 use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::{RunDir, find_run};
 use crate::slurm::client::PATIENCE;
@@ -30,6 +31,10 @@ pub(crate) fn run(args: &CancelArgs) -> Outcome {
 fn cancel(run_dir: &RunDir, now: bool) -> Outcome {
     let name = run_dir.name();
     let spec = run_dir.spec()?;
+    let parts = replicas::of(run_dir, &spec);
+    if !parts.is_empty() {
+        return parts.iter().try_for_each(|part| cancel(part, now));
+    }
     let ended_before = Status::of(run_dir)?.phase.is_end();
     let limit = if now { MARGIN } else { spec.deadlines.drain + MARGIN };
     if spec.site.is_some() {

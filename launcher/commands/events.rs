@@ -1,6 +1,7 @@
 use crate::cli::EventsArgs;
 use crate::events::Event;
 use crate::observe::Observer;
+use crate::replicas;
 use crate::report::{Outcome, print_line};
 use crate::rundir::find_run;
 use crate::start::POLL;
@@ -9,6 +10,7 @@ use crate::tail::Tail;
 
 pub(crate) fn run(args: &EventsArgs) -> Outcome {
     let run_dir = find_run(&args.run)?;
+    replicas::check_single(&run_dir)?;
     let mut journal = Tail::new(run_dir.events_file());
     let mut observer = Observer::new(&run_dir)?;
     let mut noted = None;

@@ -5,6 +5,7 @@ use crate::cluster::Site;
 use crate::env::Environment;
 use crate::fabric;
 use crate::host::Host;
+use crate::replicas;
 use crate::report::{Outcome, print_json, print_line};
 use crate::resolve::{self, Resolved};
 use crate::rundir::RunDir;
@@ -27,16 +28,16 @@ pub(crate) fn run(args: &LaunchArgs) -> Outcome {
     if !args.dry_run {
         submit::check_only_writer(&resolved)?;
     }
+    if let (Some(count), false) = (args.replicas, args.dry_run || args.test_only) {
+        unblock_signals()?;
+        return launch_replicas(args, &mut resolved, count, &environment);
+    }
     match resolved.spec.site.clone() {
         Some(site) if args.test_only => return test_only(&resolved, &site, &environment, args.json),
         Some(site) if !args.dry_run => {
             // What is in a queue does not depend on this process.
             unblock_signals()?;
-            let left = fabric::not_passed(&site, &environment);
-            if !left.is_empty() {
-                let key = "env.pass in the cluster file passes them on";
-                narrate(&format!("set in this shell, but not for the job: {} ({key})", left.join(", ")));
-            }
+            say_not_passed(&site, &environment);
             let (run_dir, job) = submit::submit(&mut resolved, &site, &environment)?;
             return follow(args, &run_dir, Some(job.id));
         }
@@ -57,6 +58,38 @@ pub(crate) fn run(args: &LaunchArgs) -> Outcome {
     follow(args, &run_dir, None)
 }
 
+fn say_not_passed(site: &Site, environment: &Environment) {
+    let left = fabric::not_passed(site, environment);
+    if !left.is_empty() {
+        let key = "env.pass in the cluster file passes them on";
+        narrate(&format!("set in this shell, but not for the job: {} ({key})", left.join(", ")));
+    }
+}
+
+/// Each is a run of its own within the run; none of them depends on this process.
+fn launch_replicas(args: &LaunchArgs, resolved: &mut Resolved, count: u32, environment: &Environment) -> Outcome {
+    if let Some(site) = &resolved.spec.site {
+        say_not_passed(site, environment);
+    }
+    let (run_dir, parts) = replicas::divide(resolved, count)?;
+    for mut part in parts {
+        let name = part.spec.name.clone();
+        match part.spec.site.clone() {
+            Some(site) => {
+                let (_, job) = submit::submit(&mut part, &site, environment)?;
+                narrate(&format!("{name}: job {}", job.id));
+            }
+            None => {
+                detached(part)?;
+                narrate(&format!("{name}: started here"));
+            }
+        }
+    }
+    follow(args, &run_dir, None)?;
+    let stays = resolved.spec.site.is_none() && !args.detach && args.wait.is_none();
+    if stays { wait_for(&run_dir, WaitFor::Done, None) } else { Ok(()) }
+}
+
 /// Says what was started, and stays as long as was asked.
 fn follow(args: &LaunchArgs, run_dir: &RunDir, job: Option<u64>) -> Outcome {
     let name = run_dir.name();
@@ -74,6 +107,7 @@ fn follow(args: &LaunchArgs, run_dir: &RunDir, job: Option<u64>) -> Outcome {
     }
     let waited = match args.wait {
         Some(target) => wait_for(run_dir, target, None),
+        None if args.follow && args.replicas.is_some() => wait_for(run_dir, WaitFor::Done, None),
         None if args.follow => {
             super::events::run(&EventsArgs { run: name.into(), follow: true, json: args.json })?;
             wait_for(run_dir, WaitFor::Done, None)

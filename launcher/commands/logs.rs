@@ -1,5 +1,6 @@
 use crate::cli::LogsArgs;
 use crate::observe::Observer;
+use crate::replicas;
 use crate::report::{Exit, Failure, Outcome, print_line};
 use crate::rundir::{RunDir, find_run};
 use crate::start::POLL;
@@ -8,6 +9,7 @@ use crate::tail::Tail;
 
 pub(crate) fn run(args: &LogsArgs) -> Outcome {
     let run_dir = find_run(&args.run)?;
+    replicas::check_single(&run_dir)?;
     let mut logs = logs(&run_dir, args.rank)?;
     let mut observer = Observer::new(&run_dir)?;
     loop {

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{ResultsArgs, ResultsView};
 use crate::job_file::load_job;
+use crate::replicas;
 use crate::report::{Exit, Failure, Outcome, print_json, print_line};
 use crate::rundir::find_run;
 use crate::spec::Task;
@@ -13,12 +14,14 @@ use crate::spec::Task;
 pub(crate) fn run(args: &ResultsArgs) -> Outcome {
     let run_dir = find_run(&args.run)?;
     let name = run_dir.name();
-    let Task::Job { file, limit, overrides, .. } = run_dir.spec()?.task else {
+    let spec = run_dir.spec()?;
+    let journals = replicas::journals(&run_dir, &spec);
+    let Task::Job { file, limit, overrides, .. } = spec.task else {
         return Err(Failure::msg(Exit::Usage, format!("run {name} serves; it has no rows")));
     };
     let job = load_job(&file, &overrides)?;
     let folder = job.path.parent().unwrap_or(Path::new("/"));
-    let results = Results::read(&job.file, folder, limit, &run_dir.journal())?;
+    let results = Results::read(&job.file, folder, limit, &journals)?;
     match args.view {
         ResultsView::Verify => verify(name, &results, args.json),
         ResultsView::Stats => stats(name, &results.stats()?, args.json),

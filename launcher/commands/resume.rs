@@ -1,12 +1,14 @@
 use anyhow::Context as _;
 use serde_json::json;
 
-use crate::cli::ResumeArgs;
+use crate::cli::{ResumeArgs, WaitFor};
+use crate::cluster;
 use crate::env::Environment;
 use crate::events::{Event, Journal};
 use crate::host::Host;
 use crate::job_file::load_job;
 use crate::observe::Observer;
+use crate::replicas;
 use crate::report::{Exit, Failure, Outcome, print_json, print_line};
 use crate::resolve;
 use crate::rundir::{RunDir, find_run, write_atomic, write_json};
@@ -26,6 +28,10 @@ pub(crate) fn run(args: &ResumeArgs) -> Outcome {
         block_signals()?;
     }
     let run_dir = find_run(&args.run)?;
+    let parts = replicas::of(&run_dir, &run_dir.spec()?);
+    if !parts.is_empty() {
+        return resume_replicas(args, &run_dir, &parts);
+    }
     let name = run_dir.name();
     let spec = run_dir.spec()?;
     let Task::Job { file, overrides, .. } = &spec.task else {
@@ -50,6 +56,32 @@ pub(crate) fn run(args: &ResumeArgs) -> Outcome {
     }
     detach(&run_dir, attempt)?;
     if args.json { print_json(&launched(&run_dir, None)) } else { print_line(name) }.map(drop)
+}
+
+/// Those that have ended before the whole was done; none of them depends on this process.
+fn resume_replicas(args: &ResumeArgs, run_dir: &RunDir, parts: &[RunDir]) -> Outcome {
+    unblock_signals()?;
+    let name = run_dir.name();
+    let status = Observer::new(run_dir)?.look()?;
+    if status.phase == RunPhase::Done {
+        let failure = Failure::msg(Exit::Usage, format!("run {name} is done"));
+        return Err(failure.hint(format!("nemotron results {name} verify")));
+    }
+    let ended: Vec<&RunDir> =
+        parts.iter().zip(&status.replicas).filter(|(_, part)| part.phase.is_end()).map(|(part, _)| part).collect();
+    if ended.is_empty() {
+        return Err(Failure::msg(Exit::Usage, format!("all replicas of run {name} go on"))
+            .hint(format!("nemotron status {name}")));
+    }
+    for part in ended {
+        let part = part.path().strip_prefix(run_dir.path()).unwrap_or(part.path()).display().to_string();
+        run(&ResumeArgs { run: part, detach: true, wait: None, ..args.clone() })?;
+    }
+    match (args.wait, status.replicas.iter().all(|part| part.cluster == cluster::LOCAL)) {
+        (Some(target), _) => wait_for(run_dir, target, None),
+        (None, true) if !args.detach => wait_for(run_dir, WaitFor::Done, None),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses a run that is done or goes on. A job that Slurm holds will not: it is cancelled.

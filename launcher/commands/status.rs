@@ -79,6 +79,9 @@ fn table(status: &Status) -> String {
     if let Some(supervisor) = &status.supervisor {
         _ = write!(view, "\nsupervisor: host {}, pid {}", supervisor.host, supervisor.pid);
     }
+    for part in &status.replicas {
+        _ = write!(view, "\n{:<24} {}", part.run, line(part));
+    }
     let stats = &status.stats;
     if stats.steps > 0 || stats.finished_rows > 0 {
         _ = write!(

@@ -6,5 +6,6 @@ mod attempts;
 mod containers;
 mod faults;
 mod nodes;
+mod replicas;
 mod start;
 mod support;

@@ -32,16 +32,16 @@ pub(super) struct Archive {
     pub(super) damage: Damage,
     /// Records of rows that were done already: generated again because they were in flight at a crash.
     pub(super) repeated: u64,
-    /// Rows begun and not done, by attempt.
+    /// Rows begun and not done, by attempt; of the last journal that was read.
     pub(super) in_flight: HashMap<u32, HashSet<Key>>,
 }
 
 impl Archive {
-    /// Reads the journal of `keys.len()` rows.
+    /// Reads the journals in `dirs` of `keys.len()` rows.
     ///
     /// # Errors
     /// A file cannot be read. Damage inside of files is no error: its rows are not done.
-    pub(super) fn read(dir: &Path, keys: &[Key]) -> Result<Self, JobError> {
+    pub(super) fn read(dirs: &[PathBuf], keys: &[Key]) -> Result<Self, JobError> {
         let rows: HashMap<Key, usize> = keys.iter().enumerate().map(|(row, key)| (*key, row)).collect();
         let mut archive = Self {
             files: Vec::new(),
@@ -53,8 +53,10 @@ impl Archive {
             repeated: 0,
             in_flight: HashMap::new(),
         };
-        for (attempt, path) in list(dir)? {
-            archive.read_file(attempt, &path, &rows).map_err(|source| JobError::Output { path, source })?;
+        for dir in dirs {
+            for (attempt, path) in list(dir)? {
+                archive.read_file(attempt, &path, &rows).map_err(|source| JobError::Output { path, source })?;
+            }
         }
         Ok(archive)
     }

@@ -18,7 +18,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::JobError;
 use super::archive::{Archive, Place, file_of};
-use super::record::{Counts, Done, Header, Key, Record};
+use super::queue::{Queue, Share};
+use super::record::{self, Counts, Done, Header, Key, Record};
 
 /// Records that come within this time share one `fdatasync`.
 const COMMIT_INTERVAL: Duration = Duration::from_millis(100);
@@ -43,6 +44,8 @@ pub struct JournalOptions {
     pub crashed: Vec<u32>,
     /// For how long storage trouble is borne before the job gives up, resumable.
     pub patience: Duration,
+    /// Other replicas work on the job too.
+    pub share: Option<Share>,
 }
 
 /// The journal of a job that this attempt may write to.
@@ -53,6 +56,7 @@ pub struct Journal {
     /// Rows in flight at engine crashes: how often, and whether one was alone the last time.
     pub(super) strikes: HashMap<usize, Strikes>,
     pub(super) options: JournalOptions,
+    pub(super) queue: Option<Queue>,
     path: PathBuf,
     file: File,
     /// Bytes of the file that are on the disk.
@@ -83,7 +87,7 @@ impl Journal {
         // First the fence, then the lock: an attempt that still writes finds the fence and lets go.
         write_fence(dir, options.attempt).map_err(output)?;
         let lock = lock(dir)?;
-        let archive = Archive::read(dir, &keys)?;
+        let archive = Archive::read(std::slice::from_ref(dir), &keys)?;
         if let Some(earlier) = archive.header.as_ref().filter(|_| !options.allow_changed) {
             let changed = [
                 ("the model", earlier.model != header.model),
@@ -94,6 +98,13 @@ impl Journal {
                 return Err(JobError::Changed { what });
             }
         }
+        let queue = options.share.as_ref().map(|share| {
+            // Of those that the same job has in all its replicas.
+            let job = record::hex(&record::key(&header.settings, &header.digest(), 0));
+            Queue::open(share.clone(), &job, options.attempt, keys.len())
+                .map_err(|source| JobError::Output { path: share.dir.clone(), source })
+        });
+        let queue = queue.transpose()?;
         let path = file_of(dir, options.attempt);
         let mut bytes = Vec::new();
         Record::Header(header.clone()).encode(&mut bytes);
@@ -105,8 +116,17 @@ impl Journal {
             Ok((file, File::open(&path)?))
         };
         let (file, reader) = create().map_err(|source| JobError::Output { path: path.clone(), source })?;
-        let mut journal =
-            Self { archive, keys, strikes: HashMap::new(), options, path, file, committed: bytes.len() as u64, lock };
+        let mut journal = Self {
+            archive,
+            keys,
+            strikes: HashMap::new(),
+            options,
+            queue,
+            path,
+            file,
+            committed: bytes.len() as u64,
+            lock,
+        };
         journal.archive.files.push(reader);
         journal.count_strikes();
         Ok(journal)

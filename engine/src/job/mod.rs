@@ -9,6 +9,7 @@ mod frame;
 mod input;
 mod journal;
 mod output;
+mod queue;
 mod record;
 mod results;
 mod run;
@@ -20,6 +21,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use self::journal::{Journal, JournalOptions};
+pub use self::queue::Share;
 pub use self::results::{Results, Stats, Verified};
 pub use self::run::{Job, JobMeasure};
 

@@ -12,10 +12,10 @@ use super::archive::Archive;
 /// Between two tries after storage trouble.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// `<path>.partial`, in the directory of `path` so that it can be renamed.
-fn partial(path: &Path) -> PathBuf {
+/// `<path>.partial` or, of a replica, `<path>.N.partial`, in the directory of `path` so that it can be renamed.
+fn partial(path: &Path, replica: Option<u32>) -> PathBuf {
     let mut partial: OsString = path.into();
-    partial.push(".partial");
+    partial.push(replica.map_or_else(|| ".partial".into(), |replica| format!(".{replica}.partial")));
     partial.into()
 }
 
@@ -23,7 +23,7 @@ fn partial(path: &Path) -> PathBuf {
 ///
 /// # Errors
 /// `path` is `input` or a directory, or its directory cannot be written.
-pub(super) fn check(path: &Path, input: Option<&Path>) -> Result<(), JobError> {
+pub(super) fn check(path: &Path, input: Option<&Path>, replica: Option<u32>) -> Result<(), JobError> {
     let check = || {
         if path.is_dir() {
             return Err(io::ErrorKind::IsADirectory.into());
@@ -33,7 +33,7 @@ pub(super) fn check(path: &Path, input: Option<&Path>) -> Result<(), JobError> {
         {
             return Err(io::Error::other("it is the input"));
         }
-        let partial = partial(path);
+        let partial = partial(path, replica);
         File::create(&partial)?;
         fs::remove_file(&partial)
     };
@@ -41,8 +41,8 @@ pub(super) fn check(path: &Path, input: Option<&Path>) -> Result<(), JobError> {
 }
 
 /// Writes all rows of a complete archive; a reader of `path` sees the old file or the whole new one.
-pub(super) fn write(path: &Path, archive: &Archive) -> Result<(), JobError> {
-    let partial = partial(path);
+pub(super) fn write(path: &Path, archive: &Archive, replica: Option<u32>) -> Result<(), JobError> {
+    let partial = partial(path, replica);
     let write = || {
         let mut file = BufWriter::with_capacity(1 << 20, File::create(&partial)?);
         lines(archive, |line| writeln!(file, "{line}"))?;
@@ -96,13 +96,13 @@ mod tests {
         let link = dir.path().join("link.jsonl");
         std::os::unix::fs::symlink(&input, &link).unwrap();
         for path in [dir.path().join("missing/out.jsonl"), dir.path().to_owned(), input.clone(), link] {
-            let error = check(&path, Some(&input)).unwrap_err();
+            let error = check(&path, Some(&input), None).unwrap_err();
             assert!(matches!(error, JobError::Output { path: named, .. } if named == path));
         }
         assert_eq!(fs::read_to_string(&input).unwrap(), "");
         let output = dir.path().join("out.jsonl");
         fs::write(&output, "old").unwrap();
-        check(&output, Some(&input)).unwrap();
+        check(&output, Some(&input), Some(1)).unwrap();
         assert_eq!(fs::read_to_string(&output).unwrap(), "old");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
     }

@@ -29,6 +29,13 @@ pub(super) struct Header {
     pub(super) rows: u64,
 }
 
+impl Header {
+    /// Of what all attempts and replicas at the same rows have in common.
+    pub(super) fn digest(&self) -> [u8; 32] {
+        Sha256::new().chain_update(&self.input).chain_update(self.rows.to_le_bytes()).finalize().into()
+    }
+}
+
 /// What is counted about a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counts {

@@ -49,18 +49,19 @@ pub struct Verified {
 }
 
 impl Results {
-    /// Reads the journal in `journal` of the job's first `limit` rows. Relative paths are relative to `dir`.
+    /// Reads the journals, one a replica, of the job's first `limit` rows. Relative paths are relative to `dir`.
     ///
     /// # Errors
     /// The input or the journal cannot be read, or nothing was journaled yet.
-    pub fn read(file: &JobFile, dir: &Path, limit: Option<u64>, journal: &Path) -> Result<Self, JobError> {
-        let header = newest_header(journal)?.ok_or_else(|| JobError::Output {
-            path: journal.to_owned(),
+    pub fn read(file: &JobFile, dir: &Path, limit: Option<u64>, journals: &[PathBuf]) -> Result<Self, JobError> {
+        let header = journals.iter().find_map(|journal| newest_header(journal).transpose()).transpose()?;
+        let header = header.ok_or_else(|| JobError::Output {
+            path: journals.first().cloned().unwrap_or_default(),
             source: io::Error::new(io::ErrorKind::NotFound, "no attempt has begun its journal yet"),
         })?;
         // What the model would see does not matter here.
         let job = Job::of_rows(file, dir, input::read(file, dir, limit, |_| Ok(Vec::new()))?);
-        Ok(Self { archive: Archive::read(journal, &job.keys(&header.settings))?, output: job.output })
+        Ok(Self { archive: Archive::read(journals, &job.keys(&header.settings))?, output: job.output })
     }
 
     pub fn stats(&self) -> Result<Stats, JobError> {

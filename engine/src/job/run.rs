@@ -1,7 +1,8 @@
 //! A job that is read and tokenised, and the way from there to its output.
 
+use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -13,11 +14,13 @@ use crate::error_chain::error_chain;
 use crate::request::{LogprobSpec, Request, RowError, Sampling, Stopping};
 use crate::tokenizer::Tokenizer;
 
+use super::archive::Archive;
 use super::input::{self, Encoder, InputRow};
 use super::journal::{Journal, JournalOptions};
 use super::output;
+use super::queue::{Claim, Queue};
 use super::record::{self, Header, Key, hex};
-use super::work::Work;
+use super::work::{Finished, Work};
 use super::{ContextOverflow, Generation, JobError, JobFile, JobProgress, JobSampling};
 
 /// A job file whose input is read and tokenised.
@@ -105,7 +108,8 @@ impl Job {
     /// # Errors
     /// See [`JobError`]: what the finished rows were made from has changed, another attempt writes, or the storage fails.
     pub fn open_journal(&self, options: JournalOptions) -> Result<Journal, JobError> {
-        output::check(&self.output, self.input.as_deref())?;
+        let replica = options.share.as_ref().map(|share| share.replica);
+        output::check(&self.output, self.input.as_deref(), replica)?;
         let settings = Sha256::new().chain_update(&options.model).chain_update([0]).chain_update(&self.settings);
         let settings = hex(&settings.finalize());
         let input = self.rows.iter().fold(Sha256::new(), |hash, row| hash.chain_update(row.digest));
@@ -151,19 +155,61 @@ impl Job {
         }
         let patience = journal.options.patience;
         let mut stop = std::pin::pin!(stop);
-        let (archive, done) = Work::new(self, engine, tokenizer, journal, deadline, progress)?.run(&mut stop).await?;
-        let write = || output::write(&self.output, &archive);
-        tokio::select! {
+        let Finished { archive, progress: done, queue, keys } =
+            Work::new(self, engine, tokenizer, journal, deadline, progress)?.run(&mut stop).await?;
+        let finish = async {
+            match queue {
+                None => {
+                    let write = || output::write(&self.output, &archive, None);
+                    output::patiently(patience, write).await.map(|()| archive)
+                }
+                Some(queue) => self.finish_together(queue, &keys, patience).await,
+            }
+        };
+        let archive = tokio::select! {
             biased;
             () = &mut stop => return Err(JobError::Stopped),
-            written = output::patiently(patience, write) => written?,
-        }
-        let allowed = (self.generation.max_failed * done.rows_total as f64).floor() as u64;
-        if done.rows_failed > allowed {
+            archive = finish => archive?,
+        };
+        let all = archive.progress;
+        let allowed = (self.generation.max_failed * all.rows_total as f64).floor() as u64;
+        if all.rows_failed > allowed {
             let first = output::first_failure(&archive).unwrap_or_default();
-            return Err(JobError::TooManyFailed { failed: done.rows_failed, total: done.rows_total, allowed, first });
+            return Err(JobError::TooManyFailed { failed: all.rows_failed, total: all.rows_total, allowed, first });
         }
         Ok(done)
+    }
+
+    /// All rows are in the journals of the replicas: one of them writes the output, the others wait for it.
+    async fn finish_together(&self, mut queue: Queue, keys: &[Key], patience: Duration) -> Result<Archive, JobError> {
+        let archive = Archive::read(queue.journals(), keys)?;
+        let missing = archive.progress.rows_total - archive.progress.rows_done;
+        if missing > 0 {
+            let text = format!("{missing} rows that were done are damaged in the journals");
+            return Err(JobError::Output { path: self.output.clone(), source: io::Error::other(text) });
+        }
+        loop {
+            let pause = queue.interval();
+            let mut turn = || -> io::Result<Option<Claim>> {
+                queue.tend()?;
+                if queue.is_output_written()? { Ok(None) } else { queue.output() }
+            };
+            match turn() {
+                Ok(Some(claim)) => {
+                    let write = || output::write(&self.output, &archive, Some(queue.replica()));
+                    output::patiently(patience, write).await?;
+                    queue
+                        .begin(claim.range, 0)
+                        .map_err(|source| JobError::Output { path: self.output.clone(), source })?;
+                }
+                Ok(None) if queue.is_output_written().unwrap_or(false) => return Ok(archive),
+                Ok(None) => tokio::time::sleep(pause).await,
+                Err(error) => {
+                    tracing::warn!(%error, "the queue of the replicas cannot be read for now");
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        }
     }
 
     pub(super) fn stopping(&self, engine: &Engine, tokenizer: &Tokenizer) -> Stopping {

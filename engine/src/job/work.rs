@@ -1,6 +1,7 @@
 //! The rows that are not done yet, through the engine and into the journal.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,7 @@ use crate::tokenizer::Tokenizer;
 use super::answer::{self, Completed, RowFailure};
 use super::archive::Archive;
 use super::journal::{Journal, Reply, Strikes, Writer};
+use super::queue::Queue;
 use super::record::Key;
 use super::run::Job;
 use super::{JobError, JobProgress};
@@ -43,6 +45,14 @@ enum Fate {
     Abandoned,
 }
 
+/// All rows are on the disk: in `archive` or, of a shared job, in the journals of all replicas.
+pub(super) struct Finished {
+    pub(super) archive: Archive,
+    pub(super) progress: JobProgress,
+    pub(super) queue: Option<Queue>,
+    pub(super) keys: Vec<Key>,
+}
+
 pub(super) struct Work<'a> {
     job: &'a Job,
     engine: &'a Engine,
@@ -52,6 +62,12 @@ pub(super) struct Work<'a> {
     archive: Archive,
     writer: Writer,
     keys: Vec<Key>,
+    /// Of a job that replicas share: where rows to admit come from.
+    queue: Option<Queue>,
+    strikes: HashMap<usize, Strikes>,
+    /// Since when the queue cannot be used.
+    queue_trouble: Option<Instant>,
+    patience: Duration,
     /// Rows to admit, in the order of the input.
     fresh: VecDeque<usize>,
     /// Rows that were in flight when the engine crashed: one at a time after all others, so that another crash names its row.
@@ -79,12 +95,12 @@ impl<'a> Work<'a> {
     ) -> Result<Self, JobError> {
         let keys = std::mem::take(&mut journal.keys);
         let strikes = std::mem::take(&mut journal.strikes);
+        let queue = journal.queue.take();
+        let patience = journal.options.patience;
         let dir = journal.options.dir.clone();
         let (mut archive, writer) = journal.start().map_err(|source| JobError::Output { path: dir, source })?;
         archive.progress.rows_kept = archive.progress.rows_done;
         progress(archive.progress);
-        let missing = (0..keys.len()).filter(|&row| archive.places[row].is_none());
-        let (suspects, fresh): (VecDeque<_>, VecDeque<_>) = missing.partition(|row| strikes.contains_key(row));
         let mut work = Self {
             stopping: job.stopping(engine, tokenizer),
             job,
@@ -94,7 +110,11 @@ impl<'a> Work<'a> {
             archive,
             writer,
             keys,
-            fresh,
+            queue,
+            strikes,
+            queue_trouble: None,
+            patience,
+            fresh: VecDeque::new(),
             suspects: VecDeque::new(),
             in_flight: FuturesUnordered::new(),
             uncommitted: 0,
@@ -104,32 +124,88 @@ impl<'a> Work<'a> {
             began: Instant::now(),
             longest: Duration::ZERO,
         };
-        for row in suspects {
-            match strikes.get(&row) {
-                Some(&Strikes { count: POISON.., alone: true }) => work.record(row, Err(RowFailure::poison())),
-                _ => work.suspects.push_back(row),
-            }
+        if work.queue.is_none() {
+            work.take((0..work.keys.len()).collect());
         }
         Ok(work)
+    }
+
+    /// Has rows to do, if they are not done.
+    fn take(&mut self, rows: Vec<usize>) {
+        for row in rows {
+            match self.strikes.get(&row) {
+                _ if self.archive.places[row].is_some() => {}
+                Some(&Strikes { count: POISON.., alone: true }) => self.record(row, Err(RowFailure::poison())),
+                Some(_) => self.suspects.push_back(row),
+                None => self.fresh.push_back(row),
+            }
+        }
+    }
+
+    /// Keeps the lease, and takes rows from the queue as long as the engine has few; whether all rows of all replicas are done.
+    fn share(&mut self) -> Result<bool, JobError> {
+        let Some(mut queue) = self.queue.take() else {
+            return Ok(self.archive.progress.rows_done == self.archive.progress.rows_total);
+        };
+        let shared = self.pull(&mut queue);
+        let path = queue.dir().to_owned();
+        self.queue = Some(queue);
+        match shared {
+            Ok(done) => {
+                self.queue_trouble = None;
+                Ok(done)
+            }
+            Err(source) if self.queue_trouble.get_or_insert_with(Instant::now).elapsed() < self.patience => {
+                tracing::warn!(error = %source, "the queue of the replicas cannot be used for now");
+                Ok(false)
+            }
+            Err(source) => Err(JobError::Output { path, source }),
+        }
+    }
+
+    fn pull(&mut self, queue: &mut Queue) -> io::Result<bool> {
+        for lost in queue.tend()? {
+            self.fresh.retain(|row| !lost.contains(row));
+            self.suspects.retain(|row| !lost.contains(row));
+        }
+        let enough = self.engine.info().max_sequences.min(queue.fair_share());
+        while !self.trouble && !*self.closing.borrow() && self.in_flight.len() + self.fresh.len() < enough {
+            let Some(claim) = queue.claim()? else { break };
+            // Whoever had it before may have done some of it.
+            let others = claim.again.then(|| Archive::read(queue.journals(), &self.keys)).transpose();
+            let others = others.map_err(io::Error::other)?;
+            let done = |row: &usize| {
+                self.archive.places[*row].is_some() || others.as_ref().is_some_and(|all| all.places[*row].is_some())
+            };
+            let rows: Vec<usize> = claim.rows.filter(|row| !done(row)).collect();
+            queue.begin(claim.range, rows.len())?;
+            self.take(rows);
+        }
+        if self.in_flight.is_empty() && self.fresh.is_empty() && self.suspects.is_empty() && self.uncommitted == 0 {
+            return queue.is_done();
+        }
+        Ok(false)
     }
 
     /// Until every row is on the disk.
     pub(super) async fn run(
         mut self,
         stop: &mut Pin<&mut (impl Future<Output = ()> + Send)>,
-    ) -> Result<(Archive, JobProgress), JobError> {
+    ) -> Result<Finished, JobError> {
         loop {
+            let done = self.share()?;
             self.admit();
             if self.in_flight.is_empty() && self.uncommitted == 0 {
-                if self.archive.progress.rows_done == self.archive.progress.rows_total {
-                    let progress = self.archive.progress;
-                    return Ok((self.archive, progress));
+                if done {
+                    let Self { archive, queue, keys, .. } = self;
+                    return Ok(Finished { progress: archive.progress, archive, queue, keys });
                 }
                 if *self.closing.borrow() {
                     return Err(self.out_of_time());
                 }
             }
             let next_stop = self.next_stop();
+            let pause = self.queue.as_ref().map(|queue| Instant::now() + queue.interval());
             tokio::select! {
                 biased;
                 () = stop.as_mut() => return Err(JobError::Stopped),
@@ -141,6 +217,7 @@ impl<'a> Work<'a> {
                     }
                     tracing::info!("no more rows are begun: they could not end before the deadline");
                 }
+                () = sleep_until(pause) => {}
             }
         }
     }
@@ -198,6 +275,9 @@ impl<'a> Work<'a> {
                 for (row, place, counts) in rows {
                     self.archive.places[row] = Some(place);
                     self.archive.progress.count(counts);
+                    if let Some(Err(error)) = self.queue.as_mut().map(|queue| queue.done(row)) {
+                        tracing::warn!(%error, "the queue of the replicas cannot be written for now");
+                    }
                 }
                 (self.progress)(self.archive.progress);
             }

@@ -15,6 +15,7 @@ fn options(dir: &Path, attempt: u32) -> JournalOptions {
         model: "m".into(),
         crashed: Vec::new(),
         patience: Duration::from_millis(300),
+        share: None,
     }
 }
 
@@ -55,7 +56,7 @@ fn write(journal: Journal, rows: std::ops::Range<u8>) {
 }
 
 fn done_rows(dir: &Path, rows: u8) -> usize {
-    let archive = Archive::read(dir, &keys(rows)).unwrap();
+    let archive = Archive::read(&[dir.to_owned()], &keys(rows)).unwrap();
     let places = archive.places.iter().enumerate().filter_map(|(row, place)| Some((row, (*place)?)));
     // Whatever counts as done is read back whole.
     places.inspect(|&(row, place)| assert_eq!(archive.done(place).unwrap(), done(row as u8))).count()
@@ -69,7 +70,7 @@ fn attempts_add_up() {
     let progress = second.archive.progress;
     assert_eq!((progress.rows_done, progress.rows_failed, progress.completion_tokens), (3, 1, 9));
     write(second, 2..5);
-    let archive = Archive::read(dir.path(), &keys(5)).unwrap();
+    let archive = Archive::read(&[dir.path().to_owned()], &keys(5)).unwrap();
     assert_eq!((archive.progress.rows_done, archive.repeated, archive.attempts), (5, 1, 2));
     assert_eq!(done_rows(dir.path(), 5), 5);
 }

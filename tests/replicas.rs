@@ -1,0 +1,64 @@
+//! Replicas that share one job, here as processes of this machine; `tests/slurm/replicas.rs` has them as jobs.
+
+use std::fs;
+use std::time::Instant;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use super::resume::{Job, PATIENCE, undisturbed};
+
+/// How many rows each replica has done.
+pub(super) fn rows_by_replica(status: &Value) -> Vec<u64> {
+    let replicas = status["replicas"].as_array().cloned().unwrap_or_default();
+    replicas.iter().map(|replica| replica["job"]["rows_done"].as_u64().unwrap_or(0)).collect()
+}
+
+#[test]
+fn a_replica_that_is_killed_leaves_its_rows_to_the_others() {
+    let expected = undisturbed(200, 40);
+    let job = Job::new(200, 40);
+    let launch = Job::launch(&["--replicas", "2", "--set", "deadlines.lease=2s", "--detach", "--parsable"]);
+    assert!(job.expect(0, &launch).starts_with("r\n"));
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        let status = job.status();
+        if rows_by_replica(&status).iter().filter(|&&rows| rows > 0).count() == 2 {
+            break status;
+        }
+        assert!(Instant::now() < deadline, "{status}");
+    };
+    let supervisor = status["replicas"][0]["supervisor"]["pid"].as_i64().unwrap();
+    kill(Pid::from_raw(supervisor as i32), Signal::SIGKILL).unwrap();
+    job.expect(0, &["wait", "r", "--for", "done", "--timeout", "120s"]);
+    assert!(job.output() == expected, "the output differs");
+    let said = job.expect(0, &["results", "r", "verify"]);
+    assert!(said.contains("200 of 200"), "{said}");
+    let status = job.status();
+    assert_eq!((&status["phase"], &status["replicas"][0]["phase"]), (&"DONE".into(), &"FAILED".into()), "{status}");
+    let stats: Value = serde_json::from_str(&job.run(&["results", "r", "stats", "--json"]).1).unwrap();
+    // Rows in flight at the kill are generated again; no row that was done is.
+    assert!(stats["stats"]["rows_repeated"].as_u64() <= Some(8), "{stats}");
+    assert!(job.expect(2, &["resume", "r"]).contains("run r is done"));
+    assert!(job.expect(2, &["logs", "r"]).contains("name one of them: r-0, r-1"));
+    job.expect(0, &["logs", "r-1"]);
+}
+
+#[test]
+fn replicas_that_were_all_stopped_are_resumed_together() {
+    let job = Job::new(160, 60);
+    job.expect(0, &Job::launch(&["--replicas", "3", "--detach"]));
+    job.wait_for_rows(1);
+    job.expect(0, &["cancel", "r"]);
+    let kept = job.rows_done();
+    assert_eq!(job.status()["phase"], "CANCELLED");
+    assert!((1..160).contains(&kept), "{kept}");
+    job.expect(30, &["results", "r", "verify"]);
+    job.expect(0, &["resume", "r"]);
+    assert!(job.output() == undisturbed(160, 60));
+    job.expect(0, &["results", "r", "verify"]);
+    assert!(
+        !fs::read_dir(job.path()).unwrap().any(|entry| entry.unwrap().path().extension() == Some("partial".as_ref()))
+    );
+}

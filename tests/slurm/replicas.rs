@@ -1,0 +1,45 @@
+//! Replicas of one job, each a job of Slurm's on a node of its own.
+
+use std::fs;
+use std::time::Instant;
+
+use super::support::{Cluster, PATIENCE};
+use crate::replicas::rows_by_replica;
+
+#[test]
+fn two_replicas_share_a_job_and_one_is_killed() {
+    let Some(cluster) = Cluster::up('w', &[]) else { return };
+    cluster.run(&[("two replicas, one killed", two_replicas_one_killed)]);
+}
+
+fn two_replicas_one_killed(cluster: &Cluster) {
+    let home = cluster.home.path();
+    let prompts: Vec<String> = (0..160).map(|row| format!("'Sing of {row}.'")).collect();
+    let file = |output: &str| {
+        let path = home.join(format!("{output}.toml"));
+        let text = format!(
+            "schema = 1\n[input]\nprompts = [{}]\n[output]\npath = '{output}'\n[prompt]\ntemplate = 'raw'\n[sampling]\n\
+             tokens_to_generate = 40\nmin_tokens_to_generate = 40\ngreedy = false\nend_strings = []\n",
+            prompts.join(", ")
+        );
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    cluster.stdout(&["batch", "--job", &file("alone.jsonl")]);
+    let shared = file("shared.jsonl");
+    let launch = ["launch", "--cluster", "site.toml", "--profile", "cpu", "--name", "both", "--replicas", "2", "--job"];
+    let settings = ["--set", "deadlines.lease=3s", "--set", "limits.max_sequences=4"];
+    cluster.stdout(&[&launch[..], &[&shared], &settings].concat());
+    let deadline = Instant::now() + PATIENCE;
+    while rows_by_replica(&cluster.status("both")).iter().filter(|&&rows| rows > 0).count() < 2 {
+        assert!(Instant::now() < deadline, "{}", cluster.status("both"));
+    }
+    cluster.slurm(&format!("scancel --full --signal=KILL {}", cluster.job("both/both-0")));
+    cluster.stdout(&["wait", "both", "--for", "done", "--timeout", "120s"]);
+    assert_eq!(fs::read(home.join("shared.jsonl")).unwrap(), fs::read(home.join("alone.jsonl")).unwrap());
+    let verified = cluster.stdout(&["results", "both", "verify"]);
+    assert!(verified.contains("160 of 160"), "{verified}");
+    let status = cluster.status("both");
+    assert_eq!((&status["phase"], &status["replicas"][1]["phase"]), (&"DONE".into(), &"DONE".into()), "{status}");
+    assert_ne!(status["replicas"][0]["phase"], "DONE", "{status}");
+}
