@@ -224,7 +224,7 @@ known architecture, such as nemotron-4-340b or nemotron-mini-4b. The exit code i
 pub struct PlanArgs {
     #[command(flatten)]
     pub engine: EngineArgs,
-    /// Job file whose `[launch]` table takes part
+    /// Job file: its input is checked and measured, and its `[launch]` table takes part
     #[arg(long, value_name = "FILE")]
     pub job: Option<PathBuf>,
     /// Print one JSON object on stdout

@@ -59,6 +59,9 @@ pub(crate) fn load(path: &Path, overrides: &Overrides, environment: &Environment
     if file.prompt.template.contains(['/', '.']) {
         file.prompt.template = folder.join(&file.prompt.template).display().to_string();
     }
+    if let Some(user) = &mut file.prompt.user_file {
+        *user = folder.join(&*user);
+    }
     Ok(LoadedJob { path, file })
 }
 
@@ -94,6 +97,8 @@ fn check(file: &JobFile) -> Result<(), Fault> {
     ensure(file.schema == 1, "schema", "schema must be 1")?;
     ensure(input.path.is_some() != input.prompts.is_some(), "input", "set exactly one of `path` and `prompts`")?;
     ensure(input.prompts.as_ref().is_none_or(|prompts| !prompts.is_empty()), "input.prompts", "there is no prompt")?;
+    let prompt = &file.prompt;
+    ensure(prompt.user.is_none() || prompt.user_file.is_none(), "prompt.user", "set `user` or `user_file`, not both")?;
     ensure(!file.output.path.as_os_str().is_empty(), "output.path", "the path is empty")?;
     ensure(input.path.as_ref() != Some(&file.output.path), "output.path", "the output would overwrite the input")?;
     ensure(sampling.tokens_to_generate >= 1, "sampling.tokens_to_generate", "tokens_to_generate must be at least 1")?;

@@ -32,6 +32,7 @@ mod observe;
 pub mod plan;
 mod port;
 mod preflight;
+mod preview;
 mod process;
 pub mod profile;
 mod ranks;

@@ -7,6 +7,8 @@ use std::process::Command;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::support::nemotron;
+
 /// A folder with a job file.
 struct JobDir(TempDir);
 
@@ -136,4 +138,99 @@ fn an_output_that_cannot_be_written_is_said_at_once() {
     let (code, stderr) = dir.run();
     assert_eq!(code, 32);
     assert!(stderr.contains("no/such/out.jsonl"), "{stderr}");
+}
+
+/// Runs with other names for input and output.
+fn renamed(dir: &JobDir, input: &str, output: &str) {
+    let job = fs::read_to_string(dir.path().join("job.toml")).expect("a job");
+    let job = job.replace("in.jsonl", input).replace("out.jsonl", output);
+    fs::write(dir.path().join("job.toml"), job).expect("written");
+}
+
+#[test]
+fn compressed_lines_go_in_and_out() {
+    let rows: Vec<Value> =
+        (0..20).map(|row| json!({"id": row, "prompt": format!("Sing of {row}."), "k": row})).collect();
+    let tables = "[sampling]\ntokens_to_generate = 4\n";
+    let plain = JobDir::new(&rows, tables);
+    assert_eq!(plain.run().0, 0);
+    let packed = JobDir::new(&rows, tables);
+    renamed(&packed, "in.jsonl.zst", "out.jsonl.zst");
+    let text = fs::read(packed.path().join("in.jsonl")).expect("an input");
+    let bytes = zstd::encode_all(&text[..], 3).expect("compressed");
+    fs::write(packed.path().join("in.jsonl.zst"), &bytes).expect("written");
+    let (code, stderr) = packed.run();
+    assert_eq!(code, 0, "{stderr}");
+    let output = fs::read(packed.path().join("out.jsonl.zst")).expect("an output");
+    let unpacked = zstd::decode_all(&output[..]).expect("compressed lines");
+    assert_eq!(unpacked, fs::read(plain.path().join("out.jsonl")).expect("an output"));
+    let verified = nemotron(packed.path()).args(["results", "latest", "verify"]).output().expect("the binary starts");
+    assert!(verified.status.success(), "{verified:?}");
+    // The same rows give the same file, byte for byte.
+    assert_eq!(packed.run().0, 0);
+    assert!(fs::read(packed.path().join("out.jsonl.zst")).expect("an output") == output);
+
+    fs::write(packed.path().join("in.jsonl.zst"), &bytes[..bytes.len() / 2]).expect("written");
+    let (code, stderr) = packed.run();
+    assert_eq!(code, 2, "{stderr}");
+    assert!(stderr.contains("in.jsonl.zst: line"), "{stderr}");
+}
+
+#[test]
+fn a_template_over_the_columns_makes_the_prompts() {
+    let prompts = |texts: [&str; 2]| texts.map(|text| json!({"prompt": text}));
+    let sampling = "[sampling]\ntokens_to_generate = 8\n";
+    let plain = JobDir::new(&prompts(["Sing of the sea.", "Sing of war."]), sampling);
+    assert_eq!(plain.run().0, 0);
+    let columns = [json!({"topic": "the sea", "n": 1}), json!({"topic": "war", "n": 2})];
+    let inline = JobDir::new(&columns, &format!("[prompt]\nuser = \"Sing of {{{{ topic }}}}.\"\n{sampling}"));
+    let (code, stderr) = inline.run();
+    assert_eq!(code, 0, "{stderr}");
+    let file = JobDir::new(&columns, &format!("[prompt]\nuser_file = \"user.jinja\"\n{sampling}"));
+    fs::write(file.path().join("user.jinja"), "Sing of {{ topic }}.").expect("written");
+    assert_eq!(file.run().0, 0);
+    assert_eq!(inline.output(), file.output());
+    for (templated, expected) in inline.output().iter().zip(plain.output()) {
+        assert_eq!(templated["response"], expected["response"]);
+    }
+    assert_eq!((&inline.output()[1]["topic"], &inline.output()[1]["n"]), (&json!("war"), &json!(2)));
+
+    fs::write(inline.path().join("in.jsonl"), "{\"topic\":\"x\"}\n{\"subject\":\"y\"}\n").expect("written");
+    let (code, stderr) = inline.run();
+    assert_eq!(code, 2);
+    let expected = "in.jsonl: line 2: the prompt template needs the column `topic`; the row has `subject`";
+    assert!(stderr.contains(expected), "{stderr}");
+}
+
+#[test]
+fn a_job_is_measured_before_anything_is_started() {
+    let rows = [json!({"prompt": "word ".repeat(2000)}), json!({"prompt": "Sing."}), json!({"prompt": "Weep."})];
+    let dir = JobDir::new(&rows, "[generation]\nsamples_per_prompt = 2\n[sampling]\ntokens_to_generate = 4\n");
+    let run = |arguments: &[&str]| {
+        let output = nemotron(dir.path()).args(arguments).output().expect("the binary starts");
+        let text = |bytes| String::from_utf8(bytes).expect("text");
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let (code, stdout, stderr) =
+        run(&["plan", "--profile", "cpu", "--model", "builtin", "--job", "job.toml", "--json"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    let job = &serde_json::from_str::<Value>(&stdout).expect("JSON")["job"];
+    assert_eq!((&job["rows"], &job["rejected"], &job["max_new_tokens"]), (&json!(6), &json!(2), &json!(16)), "{job}");
+    let prompts = job["prompt_lengths"].as_array().expect("a histogram").iter().map(|entry| entry[1].as_u64());
+    assert_eq!(prompts.sum::<Option<u64>>(), Some(3));
+    assert!(job["first_prompt"].as_str().is_some_and(|prompt| prompt.contains("<extra_id_1>User")), "{job}");
+    let (code, _, stderr) = run(&["batch", "--job", "job.toml", "--dry-run"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stderr.contains("6 rows") && stderr.contains("2 rows do not fit the context of 1024"), "{stderr}");
+    assert!(stderr.contains("first prompt, as the model sees it:\n<extra_id_0>System"), "{stderr}");
+    fs::write(dir.path().join("in.jsonl"), "{\"prompt\":\"a\"}\n{}\n").expect("written");
+    for arguments in [
+        &["plan", "--profile", "cpu", "--model", "builtin", "--job", "job.toml"][..],
+        &["batch", "--job", "job.toml", "--dry-run"],
+    ] {
+        let (code, _, stderr) = run(arguments);
+        assert_eq!(code, Some(2));
+        assert!(stderr.contains("in.jsonl: line 2: one of `prompt` and `messages` is needed"), "{stderr}");
+    }
+    assert!(!dir.path().join("runs").exists() && !dir.path().join("out.jsonl").exists());
 }

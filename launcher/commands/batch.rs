@@ -1,11 +1,7 @@
-use std::path::Path;
-
-use nemotron_engine::checkpoint;
-use nemotron_engine::job::Job;
-
 use crate::cli::BatchArgs;
 use crate::env::Environment;
 use crate::host::Host;
+use crate::preview::Preview;
 use crate::report::Outcome;
 use crate::resolve;
 use crate::start::{Output, foreground};
@@ -18,14 +14,8 @@ pub(crate) fn run(args: &BatchArgs) -> Outcome {
     let resolved = resolve::batch(args, &Environment::of_process(), &Host::probe()?)?;
     if args.dry_run {
         if let Some(job) = &resolved.job {
-            let folder = job.path.parent().unwrap_or(Path::new("/"));
-            let model = checkpoint::open(&resolved.spec.model)?;
-            let measure =
-                Job::load(&job.file, folder, args.limit, &model.tokenizer()?)?.measure(model.config().max_context);
-            narrate(&format!(
-                "{} rows, {} prompt tokens, at most {} new tokens; {} rows do not fit the context",
-                measure.rows, measure.prompt_tokens, measure.max_new_tokens, measure.rejected
-            ));
+            let preview = Preview::of(job, args.limit, &resolved.spec.model, &resolved.plan)?;
+            narrate(&preview.table());
         }
         return dry_run(&resolved, false);
     }

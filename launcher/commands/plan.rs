@@ -8,6 +8,7 @@ use crate::host::Host;
 use crate::job_file;
 use crate::model::Model;
 use crate::plan::{self, Plan};
+use crate::preview::Preview;
 use crate::report::{Outcome, print_json, print_line};
 use crate::settings::Selection;
 
@@ -15,15 +16,29 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome {
     let (environment, host) = (Environment::of_process(), Host::probe()?);
     let selection = Selection { engine: Some(&args.engine), job: args.job.as_deref(), ..Selection::default() };
     let settings = auto::settings(&selection, &environment, &host)?;
-    if let Some(path) = &args.job {
-        job_file::load(path, &settings.job_overrides, &environment)?;
-    }
-    let (name, config) = Model::of_settings(&settings, &environment)?.describe()?;
+    let job = args.job.as_ref().map(|path| job_file::load(path, &settings.job_overrides, &environment)).transpose()?;
+    let model = Model::of_settings(&settings, &environment)?;
+    let (name, config) = model.describe()?;
     let plan = Plan::new(plan::Model { name: &name, config: &config }, &settings, &host)?;
+    let preview = match (&job, &model) {
+        (Some(job), Model::Source(source)) => Some(Preview::of(job, None, source, &plan)?),
+        _ => None,
+    };
     if args.json {
-        print_json(&plan)?;
+        let mut object = serde_json::to_value(&plan).map_err(anyhow::Error::new)?;
+        if let Some(preview) = &preview {
+            object["job"] = serde_json::to_value(preview).map_err(anyhow::Error::new)?;
+        }
+        print_json(&object)?;
     } else {
         print_line(table(&plan))?;
+        match &preview {
+            Some(preview) => print_line(format!("\n{}", preview.table()))?,
+            None if job.is_some() => {
+                print_line("\njob       its rows are counted with a tokenizer: name a checkpoint with --model")?
+            }
+            None => true,
+        };
     }
     plan.check(&config, &host).map(drop)
 }
@@ -89,7 +104,7 @@ fn write(plan: &Plan, out: &mut String) -> std::fmt::Result {
 }
 
 /// `341,029,195,776`
-fn grouped(number: u64) -> String {
+pub(super) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (at, digit) in digits.chars().enumerate() {

@@ -64,6 +64,9 @@ fn stats(name: &str, stats: &Stats, json: bool) -> Outcome {
     ))?;
     let endings: Vec<_> = stats.endings.iter().map(|(ending, count)| format!("{ending} {count}")).collect();
     print_line(format!("endings   {}", endings.join(", ")))?;
+    if stats.rows_repetitive > 0 {
+        print_line(format!("repeating {} rows end in the same few characters again and again", stats.rows_repetitive))?;
+    }
     print_line(format!("tokens    {} of prompts, {} generated", rows.prompt_tokens, rows.completion_tokens))?;
     print_line(format!(
         "journal   {} attempts, {} records damaged, {} rows generated more than once",

@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn failed_rows_have_a_line_with_code_and_carried_keys() {
         let carried = json!({"topic": "sea", "n": 1}).as_object().unwrap().clone();
-        let row = InputRow { id: json!("k"), prompt: Vec::new(), carried, digest: [0; 32] };
+        let row = InputRow { id: json!("k"), prompt: Vec::new(), carried };
         let done = done([0; 16], &row, 1, 9, Err(RowError::TooLong { needed: 7, limit: 6 }.into()));
         assert!(done.counts.failed);
         assert_eq!(

@@ -8,7 +8,10 @@ mod archive;
 mod frame;
 mod input;
 mod journal;
+mod lines;
+mod measure;
 mod output;
+mod prompt;
 mod queue;
 mod record;
 mod results;
@@ -21,9 +24,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use self::journal::{Journal, JournalOptions};
+pub use self::measure::JobMeasure;
 pub use self::queue::Share;
 pub use self::results::{Results, Stats, Verified};
-pub use self::run::{Job, JobMeasure};
+pub use self::run::Job;
 
 /// A job file. Field by field the contract that users write.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -47,7 +51,7 @@ pub struct JobFile {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Input {
-    /// JSON lines: `{"id"?, "prompt" | "messages", …}`; relative to the job file.
+    /// JSON lines, also compressed (`.zst`): `{"id"?, "prompt" | "messages", …}`; relative to the job file.
     pub path: Option<PathBuf>,
     pub prompts: Option<Vec<String>>,
 }
@@ -65,11 +69,15 @@ pub struct Prompt {
     /// A built-in template's name, "raw", or a file.
     pub template: String,
     pub system: String,
+    /// A template over a row's columns that makes what the user says, in place of the row's `prompt`.
+    pub user: Option<String>,
+    /// The same from a file.
+    pub user_file: Option<PathBuf>,
 }
 
 impl Default for Prompt {
     fn default() -> Self {
-        Self { template: "nemotron".into(), system: String::new() }
+        Self { template: "nemotron".into(), system: String::new(), user: None, user_file: None }
     }
 }
 

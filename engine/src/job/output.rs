@@ -2,12 +2,13 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::JobError;
 use super::archive::Archive;
+use super::lines::create;
 
 /// Between two tries after storage trouble.
 const RETRY: Duration = Duration::from_millis(500);
@@ -44,10 +45,7 @@ pub(super) fn check(path: &Path, input: Option<&Path>, replica: Option<u32>) -> 
 pub(super) fn write(path: &Path, archive: &Archive, replica: Option<u32>) -> Result<(), JobError> {
     let partial = partial(path, replica);
     let write = || {
-        let mut file = BufWriter::with_capacity(1 << 20, File::create(&partial)?);
-        lines(archive, |line| writeln!(file, "{line}"))?;
-        file.flush()?;
-        file.get_ref().sync_all()?;
+        create(&partial, path, |file| lines(archive, |line| writeln!(file, "{line}")))?;
         fs::rename(&partial, path)?;
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
         File::open(parent.unwrap_or(Path::new(".")))?.sync_all()

@@ -49,6 +49,7 @@ pub(super) struct Queue {
     beats: HashMap<String, (String, Instant)>,
     /// Told apart from that of an earlier attempt.
     beat: u64,
+    attempt: u32,
     next_beat: Instant,
 }
 
@@ -89,6 +90,7 @@ impl Queue {
             held: HashMap::new(),
             beats: HashMap::new(),
             beat: u64::from(attempt) << 32,
+            attempt,
             next_beat: Instant::now(),
         };
         queue.tend()?;
@@ -97,6 +99,10 @@ impl Queue {
 
     pub(super) fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    pub(super) fn attempt(&self) -> u32 {
+        self.attempt
     }
 
     pub(super) fn replica(&self) -> u32 {
@@ -220,6 +226,19 @@ impl Queue {
         self.close(range)
     }
 
+    /// Whoever claimed it could not begin; it is claimed again.
+    pub(super) fn release(&mut self, range: usize) {
+        self.held.remove(&range);
+    }
+
+    /// A row that counted as done is to be done again.
+    pub(super) fn reopen(&self, row: usize) -> io::Result<()> {
+        match fs::remove_file(self.dir.join(format!("{:06}.done", row / self.range_rows))) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// A row is on the disk.
     pub(super) fn done(&mut self, row: usize) -> io::Result<()> {
         let range = row / self.range_rows;
@@ -303,9 +322,10 @@ mod tests {
     #[test]
     fn each_range_is_worked_on_by_one() {
         let dir = tempfile::tempdir().unwrap();
+        let path = dir.path();
         let rows: Vec<Vec<usize>> = std::thread::scope(|scope| {
             let threads: Vec<_> =
-                (0..4).map(|replica| scope.spawn(move || work_off(&mut queue(dir.path(), replica, 0)))).collect();
+                (0..4).map(|replica| scope.spawn(move || work_off(&mut queue(path, replica, 0)))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         let mut all: Vec<usize> = rows.into_iter().flatten().collect();
@@ -328,13 +348,13 @@ mod tests {
         // As long as it shows that it lives, nothing is taken from it.
         for _ in 0..8 {
             std::thread::sleep(LEASE / 5);
-            assert_eq!(slow.tend().unwrap(), []);
+            assert!(slow.tend().unwrap().is_empty());
             other.tend().unwrap();
             assert_eq!(other.claim().unwrap(), None);
         }
         std::thread::sleep(LEASE * 2);
         assert_eq!(other.claim().unwrap(), Some(Claim { again: true, ..claim }));
-        assert_eq!(slow.tend().unwrap(), [0..2]);
+        assert_eq!(slow.tend().unwrap().first(), Some(&(0..2)));
         // Its own end of the range is nobody's business any more.
         slow.done(0).unwrap();
         slow.done(1).unwrap();

@@ -1,8 +1,7 @@
 //! What a job's journal and output hold, for those who look from outside, whether the run goes on or has ended.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, BufRead as _, BufReader};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -11,7 +10,10 @@ use sha2::{Digest, Sha256};
 use super::archive::{Archive, newest_header};
 use super::record::hex;
 use super::run::Job;
-use super::{JobError, JobFile, JobProgress, input, output};
+use super::{JobError, JobFile, JobProgress, lines, output};
+
+/// Bytes at the end of a text in which repetition is looked for.
+const REPETITIVE: usize = 200;
 
 /// The rows of a job that are done so far.
 pub struct Results {
@@ -30,6 +32,8 @@ pub struct Stats {
     pub records_damaged: u64,
     /// Rows of which there is more than one record: in flight at a crash.
     pub rows_repeated: u64,
+    /// Rows whose text ends in the same few characters again and again.
+    pub rows_repetitive: u64,
     /// How many rows ended for which reason; of failed ones, the error's code.
     pub endings: BTreeMap<String, u64>,
 }
@@ -59,14 +63,15 @@ impl Results {
             path: journals.first().cloned().unwrap_or_default(),
             source: io::Error::new(io::ErrorKind::NotFound, "no attempt has begun its journal yet"),
         })?;
-        // What the model would see does not matter here.
-        let job = Job::of_rows(file, dir, input::read(file, dir, limit, |_| Ok(Vec::new()))?);
+        let job = Job::scan(file, dir, limit, None)?;
         Ok(Self { archive: Archive::read(journals, &job.keys(&header.settings))?, output: job.output })
     }
 
     pub fn stats(&self) -> Result<Stats, JobError> {
         let mut endings = BTreeMap::new();
+        let mut rows_repetitive = 0;
         self.each_line(|line| {
+            rows_repetitive += u64::from(line["response"].as_str().is_some_and(is_repetitive));
             let text = |pointer| Some(line.pointer(pointer)?.as_str()?.to_owned());
             let ending = text("/error/code").or_else(|| text("/finish_reason")).unwrap_or_default();
             *endings.entry(ending).or_default() += 1;
@@ -79,6 +84,7 @@ impl Results {
             attempts: self.archive.attempts,
             records_damaged: self.archive.damage.damaged,
             rows_repeated: self.archive.repeated,
+            rows_repetitive,
             endings,
         })
     }
@@ -97,8 +103,8 @@ impl Results {
     pub fn verify(&self) -> Result<Verified, JobError> {
         let mut hash = Sha256::new();
         let mut problem = None;
-        let mut output = match File::open(&self.output) {
-            Ok(file) => Some(BufReader::new(file)),
+        let mut output = match lines::open(&self.output) {
+            Ok(file) => Some(file),
             Err(error) => {
                 problem = Some(error.to_string());
                 None
@@ -132,5 +138,25 @@ impl Results {
             problem,
             sha256: hex(&hash.finalize()),
         })
+    }
+}
+
+/// The last [`REPETITIVE`] bytes are one text of a quarter of them at most, again and again.
+fn is_repetitive(text: &str) -> bool {
+    let Some(tail) = text.len().checked_sub(REPETITIVE).map(|begin| &text.as_bytes()[begin..]) else { return false };
+    (1..=REPETITIVE / 4).any(|period| tail[period..] == tail[..REPETITIVE - period])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repetition_is_told_from_verse() {
+        assert!(is_repetitive(&format!("Once upon a time{}", " and then".repeat(40))));
+        assert!(is_repetitive(&"é".repeat(REPETITIVE)));
+        assert!(!is_repetitive(&"ha".repeat(REPETITIVE / 4)));
+        let numbers: String = (0..100).map(|number| format!("{number} bottles, ")).collect();
+        assert!(!is_repetitive(&numbers));
     }
 }

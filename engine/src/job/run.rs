@@ -1,5 +1,6 @@
 //! A job that is read and tokenised, and the way from there to its output.
 
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -7,45 +8,33 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use crate::chat::ChatTemplate;
 use crate::end_strings;
 use crate::engine::{Engine, Row};
-use crate::error_chain::error_chain;
 use crate::request::{LogprobSpec, Request, RowError, Sampling, Stopping};
 use crate::tokenizer::Tokenizer;
 
 use super::archive::Archive;
-use super::input::{self, Encoder, InputRow};
+use super::input::{Feed, InputRow, Source};
 use super::journal::{Journal, JournalOptions};
 use super::output;
+use super::prompt::Prompting;
 use super::queue::{Claim, Queue};
 use super::record::{self, Header, Key, hex};
 use super::work::{Finished, Work};
 use super::{ContextOverflow, Generation, JobError, JobFile, JobProgress, JobSampling};
 
-/// A job file whose input is read and tokenised.
+/// A job file whose input was read, checked and tokenised. Of each row it keeps what the rest is told by, not the row.
 pub struct Job {
-    pub(super) rows: Vec<InputRow>,
-    sampling: JobSampling,
+    source: Source,
+    prompting: Prompting,
+    digests: Vec<[u8; 32]>,
+    /// In tokens.
+    pub(super) prompt_lens: Vec<u32>,
+    pub(super) sampling: JobSampling,
     pub(super) generation: Generation,
     /// What, of the job file, determines rows.
     settings: String,
-    pub(super) input: Option<PathBuf>,
     pub(super) output: PathBuf,
-}
-
-/// What a job would take.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct JobMeasure {
-    /// Samples of all prompts.
-    pub rows: u64,
-    /// Rows that do not fit the context and would fail.
-    pub rejected: u64,
-    /// Of the rows that would run.
-    pub prompt_tokens: u64,
-    pub longest_prompt: u64,
-    /// New tokens of all rows if none stops early.
-    pub max_new_tokens: u64,
 }
 
 impl Job {
@@ -54,53 +43,64 @@ impl Job {
     /// # Errors
     /// The input or the template cannot be read, or a row is not as it must be.
     pub fn load(file: &JobFile, dir: &Path, limit: Option<u64>, tokenizer: &Tokenizer) -> Result<Self, JobError> {
-        let template = file.prompt.template.as_str();
-        let (chat, source) = match template {
-            "raw" => (None, String::new()),
-            // A built-in template's name has neither a directory nor an extension.
-            path if path.contains(['/', '.']) => {
-                let path = dir.join(path);
-                let source = std::fs::read_to_string(&path)
-                    .map_err(|error| JobError::Input { path: path.clone(), reason: error.to_string() })?;
-                (Some(ChatTemplate::from_source(&source, template)), source)
-            }
-            name => (Some(ChatTemplate::builtin(name)), name.to_owned()),
-        };
-        let chat = chat
-            .transpose()
-            .map_err(|error| JobError::Input { path: "prompt.template".into(), reason: error_chain(&error) })?;
-        let encoder = Encoder { tokenizer, chat: chat.as_ref(), system: &file.prompt.system };
-        let rows = input::read(file, dir, limit, |prompt| encoder.encode(prompt))?;
-        let settings = json!([source, file.prompt.system, file.sampling, file.generation.context_overflow]);
-        Ok(Self { settings: settings.to_string(), ..Self::of_rows(file, dir, rows) })
+        Self::scan(file, dir, limit, Some(tokenizer))
     }
 
-    pub(super) fn of_rows(file: &JobFile, dir: &Path, rows: Vec<InputRow>) -> Self {
-        Self {
-            rows,
+    /// Without a tokenizer, what the model would see is left out.
+    pub(super) fn scan(
+        file: &JobFile,
+        dir: &Path,
+        limit: Option<u64>,
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<Self, JobError> {
+        let prompting = if tokenizer.is_some() { Prompting::load(file, dir)? } else { Prompting::default() };
+        let settings = json!([prompting.source, file.sampling, file.generation.context_overflow]);
+        let mut job = Self {
+            source: Source::of(&file.input, dir)?,
+            prompting,
+            digests: Vec::new(),
+            prompt_lens: Vec::new(),
             sampling: file.sampling.clone(),
             generation: file.generation.clone(),
-            settings: String::new(),
-            input: file.input.path.as_ref().map(|path| dir.join(path)),
+            settings: settings.to_string(),
             output: dir.join(&file.output.path),
+        };
+        let limit = limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
+        let mut rows = job.source.rows()?;
+        // The line of each id, by its JSON form: the string "1" is not the number 1.
+        let mut lines_of_ids = HashMap::new();
+        while job.digests.len() < limit
+            && let Some(mut row) = rows.next()?
+        {
+            let id = row.id.to_string();
+            let digest: [u8; 32] = Sha256::digest(&id).into();
+            let short =
+                [digest[..8].try_into(), digest[8..16].try_into()].map(|half| half.map_or(0, u64::from_le_bytes));
+            if let Some(first) = lines_of_ids.insert(short, row.line) {
+                return Err(rows.error(&format!("the id {id} is that of line {first} already")));
+            }
+            if let Some(tokenizer) = tokenizer {
+                let prompt = job.prompting.encode(tokenizer, &mut row.columns).map_err(|reason| rows.error(&reason))?;
+                job.prompt_lens.push(u32::try_from(prompt.len()).unwrap_or(u32::MAX));
+            }
+            job.digests.push(row.digest);
         }
+        if job.digests.is_empty() && limit > 0 {
+            return Err(job.source.error("there is no row in it".into()));
+        }
+        Ok(job)
     }
 
-    /// Counts rows and tokens without generating any. `context` is what prompt and completion may have together.
-    pub fn measure(&self, context: usize) -> JobMeasure {
-        let samples = u64::from(self.generation.samples_per_prompt);
-        let mut measure = JobMeasure { rows: self.rows.len() as u64 * samples, ..JobMeasure::default() };
-        for row in &self.rows {
-            match self.fit(row.prompt.len(), context) {
-                Ok((prompt_len, max_new_tokens)) => {
-                    measure.prompt_tokens += samples * prompt_len as u64;
-                    measure.longest_prompt = measure.longest_prompt.max(prompt_len as u64);
-                    measure.max_new_tokens += samples * u64::from(max_new_tokens);
-                }
-                Err(_) => measure.rejected += samples,
-            }
-        }
-        measure
+    /// The first prompt, as the model would see it.
+    ///
+    /// # Errors
+    /// The input is not what it was.
+    pub fn first_prompt(&self, tokenizer: &Tokenizer) -> Result<String, JobError> {
+        Ok(tokenizer.decode(&self.feed(tokenizer).row(0)?.prompt))
+    }
+
+    pub(super) fn feed<'a>(&'a self, tokenizer: &'a Tokenizer) -> Feed<'a> {
+        Feed::new(&self.source, &self.prompting, tokenizer, &self.digests)
     }
 
     /// Takes over the journal of the job's run.
@@ -109,10 +109,10 @@ impl Job {
     /// See [`JobError`]: what the finished rows were made from has changed, another attempt writes, or the storage fails.
     pub fn open_journal(&self, options: JournalOptions) -> Result<Journal, JobError> {
         let replica = options.share.as_ref().map(|share| share.replica);
-        output::check(&self.output, self.input.as_deref(), replica)?;
+        output::check(&self.output, self.source.file(), replica)?;
         let settings = Sha256::new().chain_update(&options.model).chain_update([0]).chain_update(&self.settings);
         let settings = hex(&settings.finalize());
-        let input = self.rows.iter().fold(Sha256::new(), |hash, row| hash.chain_update(row.digest));
+        let input = self.digests.iter().fold(Sha256::new(), |hash, row| hash.chain_update(row));
         let keys = self.keys(&settings);
         let header = Header {
             schema: 1,
@@ -128,8 +128,8 @@ impl Job {
     /// One a row of the output, in its order.
     pub(super) fn keys(&self, settings: &str) -> Vec<Key> {
         let samples = 0..self.generation.samples_per_prompt;
-        let keys = |row: &InputRow| samples.clone().map(|sample| record::key(settings, &row.digest, sample)).collect();
-        self.rows.iter().flat_map(|row| -> Vec<Key> { keys(row) }).collect()
+        let keys = |row| samples.clone().map(move |sample| record::key(settings, row, sample));
+        self.digests.iter().flat_map(keys).collect()
     }
 
     /// Generates the rows that the journal does not have and writes the output file; `progress` hears how many are done for good.
@@ -147,8 +147,8 @@ impl Job {
         stop: impl Future<Output = ()> + Send,
     ) -> Result<JobProgress, JobError> {
         let info = engine.info();
-        let fits = |row: &InputRow| self.fit(row.prompt.len(), info.max_context).ok();
-        let needed = self.rows.iter().filter_map(fits).map(|(prompt, new)| prompt + new as usize).max();
+        let fits = |&len: &u32| self.fit(len as usize, info.max_context).ok();
+        let needed = self.prompt_lens.iter().filter_map(fits).map(|(prompt, new)| prompt + new as usize).max();
         if let Some(needed) = needed.filter(|&needed| needed > info.kv_tokens) {
             // As an error of rows it would make the output depend on the machine's memory.
             return Err(JobError::KvTooSmall { needed, limit: info.kv_tokens });
@@ -185,8 +185,11 @@ impl Job {
         let archive = Archive::read(queue.journals(), keys)?;
         let missing = archive.progress.rows_total - archive.progress.rows_done;
         if missing > 0 {
-            let text = format!("{missing} rows that were done are damaged in the journals");
-            return Err(JobError::Output { path: self.output.clone(), source: io::Error::other(text) });
+            let mut damaged = (0..keys.len()).filter(|&row| archive.places[row].is_none());
+            let reopened = damaged.try_for_each(|row| queue.reopen(row));
+            let text = format!("{missing} rows that were done are damaged in the journals and must be generated again");
+            let source = reopened.err().unwrap_or_else(|| io::Error::other(text));
+            return Err(JobError::Output { path: self.output.clone(), source });
         }
         loop {
             let pause = queue.interval();
@@ -253,7 +256,7 @@ impl Job {
     }
 
     /// How many tokens of a prompt's end, and how many new ones, go into the context together.
-    fn fit(&self, prompt_len: usize, context: usize) -> Result<(usize, u32), RowError> {
+    pub(super) fn fit(&self, prompt_len: usize, context: usize) -> Result<(usize, u32), RowError> {
         let new = self.sampling.tokens_to_generate;
         let needed = prompt_len.saturating_add(new as usize);
         let left = context.saturating_sub(prompt_len);
@@ -283,10 +286,12 @@ mod tests {
 
     fn job(tokens_to_generate: u32, context_overflow: ContextOverflow) -> Job {
         Job {
-            rows: Vec::new(),
+            source: Source::Prompts(Vec::new()),
+            prompting: Prompting::default(),
+            digests: Vec::new(),
+            prompt_lens: vec![4, 6],
             sampling: JobSampling { tokens_to_generate, ..JobSampling::default() },
             generation: Generation { context_overflow, ..Generation::default() },
-            input: None,
             settings: String::new(),
             output: PathBuf::new(),
         }
@@ -307,9 +312,19 @@ mod tests {
     }
 
     #[test]
+    fn a_job_is_measured_by_its_policy() {
+        let measure = job(1, ContextOverflow::TruncateLeft).measure(6);
+        let counts = (measure.rows, measure.rejected, measure.truncated, measure.prompt_tokens, measure.longest_prompt);
+        assert_eq!(counts, (2, 0, 1, 9, 6));
+        assert_eq!(measure.prompt_lengths, [(4, 1), (8, 1)]);
+        let measure = job(4, ContextOverflow::ShortenGeneration).measure(6);
+        assert_eq!((measure.rejected, measure.shortened, measure.max_new_tokens), (1, 1, 2));
+    }
+
+    #[test]
     fn seeds_depend_on_job_seed_id_and_sample_only() {
         let job = job(1, ContextOverflow::Reject);
-        let row = |id: Value, prompt: u32| InputRow { id, prompt: vec![prompt], carried: Map::new(), digest: [0; 32] };
+        let row = |id: Value, prompt: u32| InputRow { id, prompt: vec![prompt], carried: Map::new() };
         let seed = job.seed(&row(json!("a"), 1), 0);
         assert_eq!(seed, job.seed(&row(json!("a"), 2), 0));
         assert!(seed < 1 << 53);

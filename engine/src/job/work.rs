@@ -1,8 +1,8 @@
 //! The rows that are not done yet, through the engine and into the journal.
 
 use std::collections::{HashMap, VecDeque};
-use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
@@ -11,11 +11,13 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::watch;
 
 use crate::engine::{Engine, Row};
+use crate::error_chain::error_chain;
 use crate::request::{Event, RowError, Stopping};
 use crate::tokenizer::Tokenizer;
 
 use super::answer::{self, Completed, RowFailure};
 use super::archive::Archive;
+use super::input::{Feed, InputRow};
 use super::journal::{Journal, Reply, Strikes, Writer};
 use super::queue::Queue;
 use super::record::Key;
@@ -65,6 +67,8 @@ pub(super) struct Work<'a> {
     /// Of a job that replicas share: where rows to admit come from.
     queue: Option<Queue>,
     strikes: HashMap<usize, Strikes>,
+    /// What all replicas had done when that was last of interest.
+    others: Option<Archive>,
     /// Since when the queue cannot be used.
     queue_trouble: Option<Instant>,
     patience: Duration,
@@ -72,7 +76,8 @@ pub(super) struct Work<'a> {
     fresh: VecDeque<usize>,
     /// Rows that were in flight when the engine crashed: one at a time after all others, so that another crash names its row.
     suspects: VecDeque<usize>,
-    in_flight: FuturesUnordered<BoxFuture<'a, (usize, Fate)>>,
+    in_flight: FuturesUnordered<BoxFuture<'a, (usize, Arc<InputRow>, Fate)>>,
+    feed: Feed<'a>,
     /// Rows that the writer has and the disk does not.
     uncommitted: usize,
     trouble: bool,
@@ -112,11 +117,13 @@ impl<'a> Work<'a> {
             keys,
             queue,
             strikes,
+            others: None,
             queue_trouble: None,
             patience,
             fresh: VecDeque::new(),
             suspects: VecDeque::new(),
             in_flight: FuturesUnordered::new(),
+            feed: job.feed(tokenizer),
             uncommitted: 0,
             trouble: false,
             closing: watch::Sender::new(false),
@@ -125,21 +132,25 @@ impl<'a> Work<'a> {
             longest: Duration::ZERO,
         };
         if work.queue.is_none() {
-            work.take((0..work.keys.len()).collect());
+            work.take((0..work.keys.len()).collect())?;
         }
         Ok(work)
     }
 
     /// Has rows to do, if they are not done.
-    fn take(&mut self, rows: Vec<usize>) {
+    fn take(&mut self, rows: Vec<usize>) -> Result<(), JobError> {
         for row in rows {
             match self.strikes.get(&row) {
                 _ if self.archive.places[row].is_some() => {}
-                Some(&Strikes { count: POISON.., alone: true }) => self.record(row, Err(RowFailure::poison())),
+                Some(&Strikes { count: POISON.., alone: true }) => {
+                    let (input, _) = self.row(row)?;
+                    self.record(row, &input, Err(RowFailure::poison()));
+                }
                 Some(_) => self.suspects.push_back(row),
                 None => self.fresh.push_back(row),
             }
         }
+        Ok(())
     }
 
     /// Keeps the lease, and takes rows from the queue as long as the engine has few; whether all rows of all replicas are done.
@@ -148,41 +159,47 @@ impl<'a> Work<'a> {
             return Ok(self.archive.progress.rows_done == self.archive.progress.rows_total);
         };
         let shared = self.pull(&mut queue);
-        let path = queue.dir().to_owned();
         self.queue = Some(queue);
         match shared {
             Ok(done) => {
                 self.queue_trouble = None;
                 Ok(done)
             }
-            Err(source) if self.queue_trouble.get_or_insert_with(Instant::now).elapsed() < self.patience => {
-                tracing::warn!(error = %source, "the queue of the replicas cannot be used for now");
+            Err(error @ JobError::Output { .. })
+                if self.queue_trouble.get_or_insert_with(Instant::now).elapsed() < self.patience =>
+            {
+                tracing::warn!(error = error_chain(&error), "the queue of the replicas cannot be used for now");
                 Ok(false)
             }
-            Err(source) => Err(JobError::Output { path, source }),
+            Err(error) => Err(error),
         }
     }
 
-    fn pull(&mut self, queue: &mut Queue) -> io::Result<bool> {
-        for lost in queue.tend()? {
+    fn pull(&mut self, queue: &mut Queue) -> Result<bool, JobError> {
+        let dir = queue.dir().to_owned();
+        let trouble = |source| JobError::Output { path: dir.clone(), source };
+        for lost in queue.tend().map_err(trouble)? {
             self.fresh.retain(|row| !lost.contains(row));
             self.suspects.retain(|row| !lost.contains(row));
         }
         let enough = self.engine.info().max_sequences.min(queue.fair_share());
         while !self.trouble && !*self.closing.borrow() && self.in_flight.len() + self.fresh.len() < enough {
-            let Some(claim) = queue.claim()? else { break };
-            // Whoever had it before may have done some of it.
-            let others = claim.again.then(|| Archive::read(queue.journals(), &self.keys)).transpose();
-            let others = others.map_err(io::Error::other)?;
+            let Some(claim) = queue.claim().map_err(trouble)? else { break };
+            // Whoever had it before, or an earlier attempt, may have done some of it.
+            if claim.again || (self.others.is_none() && queue.attempt() > 0) {
+                let others = Archive::read(queue.journals(), &self.keys);
+                self.others = Some(others.inspect_err(|_| queue.release(claim.range))?);
+            }
             let done = |row: &usize| {
-                self.archive.places[*row].is_some() || others.as_ref().is_some_and(|all| all.places[*row].is_some())
+                self.archive.places[*row].is_some()
+                    || self.others.as_ref().is_some_and(|all| all.places[*row].is_some())
             };
             let rows: Vec<usize> = claim.rows.filter(|row| !done(row)).collect();
-            queue.begin(claim.range, rows.len())?;
-            self.take(rows);
+            queue.begin(claim.range, rows.len()).map_err(trouble)?;
+            self.take(rows)?;
         }
         if self.in_flight.is_empty() && self.fresh.is_empty() && self.suspects.is_empty() && self.uncommitted == 0 {
-            return queue.is_done();
+            return queue.is_done().map_err(trouble);
         }
         Ok(false)
     }
@@ -194,7 +211,7 @@ impl<'a> Work<'a> {
     ) -> Result<Finished, JobError> {
         loop {
             let done = self.share()?;
-            self.admit();
+            self.admit()?;
             if self.in_flight.is_empty() && self.uncommitted == 0 {
                 if done {
                     let Self { archive, queue, keys, .. } = self;
@@ -210,7 +227,7 @@ impl<'a> Work<'a> {
                 biased;
                 () = stop.as_mut() => return Err(JobError::Stopped),
                 Some(reply) = self.writer.replies.recv() => self.replied(reply)?,
-                Some((row, fate)) = self.in_flight.next() => self.finished(row, fate)?,
+                Some((index, row, fate)) = self.in_flight.next() => self.finished(index, &row, fate)?,
                 () = sleep_until(next_stop) => {
                     if self.closing.send_replace(true) {
                         return Err(self.out_of_time());
@@ -223,45 +240,46 @@ impl<'a> Work<'a> {
     }
 
     /// Gives the engine what it may have.
-    fn admit(&mut self) {
+    fn admit(&mut self) -> Result<(), JobError> {
         if self.trouble || *self.closing.borrow() {
-            return;
+            return Ok(());
         }
         while self.in_flight.len() < MAX_IN_FLIGHT && self.uncommitted < MAX_UNCOMMITTED {
             let next = match self.fresh.pop_front() {
                 None if self.in_flight.is_empty() => self.suspects.pop_front(),
                 next => next,
             };
-            let Some(index) = next else { return };
-            let (row, sample) = self.row(index);
+            let Some(index) = next else { break };
+            let (row, sample) = self.row(index)?;
             self.writer.begun(self.keys[index]);
-            let submitted = self.job.submit(self.engine, &self.stopping, row, sample);
+            let submitted = self.job.submit(self.engine, &self.stopping, &row, sample);
             let closing = self.closing.subscribe();
-            self.in_flight.push(Box::pin(async move { (index, collect(submitted, closing).await) }));
+            self.in_flight.push(Box::pin(async move { (index, row, collect(submitted, closing).await) }));
         }
+        Ok(())
     }
 
-    fn row(&self, index: usize) -> (&'a super::input::InputRow, u32) {
+    fn row(&mut self, index: usize) -> Result<(Arc<InputRow>, u32), JobError> {
         let samples = self.job.generation.samples_per_prompt as usize;
-        (&self.job.rows[index / samples], (index % samples) as u32)
+        Ok((self.feed.row(index / samples)?, (index % samples) as u32))
     }
 
-    fn finished(&mut self, index: usize, fate: Fate) -> Result<(), JobError> {
+    fn finished(&mut self, index: usize, row: &InputRow, fate: Fate) -> Result<(), JobError> {
         match fate {
             Fate::Completed(completed, ran) => {
                 self.longest = self.longest.max(ran);
-                self.record(index, Ok(completed.outcome(self.tokenizer, &self.stopping)));
+                self.record(index, row, Ok(completed.outcome(self.tokenizer, &self.stopping)));
             }
             Fate::Failed(RowError::EngineFailed(reason)) => return Err(JobError::Engine(reason)),
             Fate::Failed(RowError::ShuttingDown) => return Err(JobError::Stopped),
-            Fate::Failed(error) => self.record(index, Err(error.into())),
+            Fate::Failed(error) => self.record(index, row, Err(error.into())),
             Fate::Abandoned => {}
         }
         Ok(())
     }
 
-    fn record(&mut self, index: usize, result: Result<answer::Outcome, RowFailure>) {
-        let (row, sample) = self.row(index);
+    fn record(&mut self, index: usize, row: &InputRow, result: Result<answer::Outcome, RowFailure>) {
+        let sample = (index % self.job.generation.samples_per_prompt as usize) as u32;
         let done = answer::done(self.keys[index], row, sample, self.job.seed(row, sample), result);
         self.writer.done(index, done);
         self.uncommitted += 1;
