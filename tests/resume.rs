@@ -105,11 +105,11 @@ impl Random {
     }
 }
 
-/// `NEMOTRON_TEST_KILLS=100` makes it the long version, with 2,000 rows.
+/// `scripts/soak` runs the long version: 100 kills, 2,000 rows.
 #[test]
 fn a_job_killed_at_random_moments_gives_the_output_of_an_undisturbed_one() {
     let kills: u64 = std::env::var("NEMOTRON_TEST_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(10);
-    let (rows, tokens) = if kills > 20 { (2000, 48) } else { (300, 24) };
+    let (rows, tokens) = if kills > 20 { (2000, 160) } else { (300, 24) };
     let expected = undisturbed(rows, tokens);
     let job = Job::new(rows, tokens);
     let mut random = Random(7);
@@ -136,6 +136,7 @@ fn a_job_killed_at_random_moments_gives_the_output_of_an_undisturbed_one() {
     }
     assert!(job.output() == expected, "the output differs");
     job.expect(0, &["results", "r", "verify"]);
+    assert!(kills <= 20 || killed == kills, "it was done after {killed} kills");
     let stats: Value = serde_json::from_str(&job.run(&["results", "r", "stats", "--json"]).1).unwrap();
     eprintln!("{killed} kills, {attempts} attempts: {stats}");
     assert_eq!(stats["stats"]["records_damaged"], 0);
