@@ -17,8 +17,8 @@ pub(super) fn rows_by_replica(status: &Value) -> Vec<u64> {
 
 #[test]
 fn a_replica_that_is_killed_leaves_its_rows_to_the_others() {
-    let expected = undisturbed(200, 40);
-    let job = Job::new(200, 40);
+    let expected = undisturbed(800, 40);
+    let job = Job::new(800, 40);
     let launch = Job::launch(&["--replicas", "2", "--set", "deadlines.lease=2s", "--detach", "--parsable"]);
     assert!(job.expect(0, &launch).starts_with("r\n"));
     let deadline = Instant::now() + PATIENCE;
@@ -34,7 +34,7 @@ fn a_replica_that_is_killed_leaves_its_rows_to_the_others() {
     job.expect(0, &["wait", "r", "--for", "done", "--timeout", "120s"]);
     assert!(job.output() == expected, "the output differs");
     let said = job.expect(0, &["results", "r", "verify"]);
-    assert!(said.contains("200 of 200"), "{said}");
+    assert!(said.contains("800 of 800"), "{said}");
     let status = job.status();
     assert_eq!((&status["phase"], &status["replicas"][0]["phase"]), (&"DONE".into(), &"FAILED".into()), "{status}");
     let stats: Value = serde_json::from_str(&job.run(&["results", "r", "stats", "--json"]).1).unwrap();
@@ -47,16 +47,16 @@ fn a_replica_that_is_killed_leaves_its_rows_to_the_others() {
 
 #[test]
 fn replicas_that_were_all_stopped_are_resumed_together() {
-    let job = Job::new(160, 60);
+    let job = Job::new(600, 40);
     job.expect(0, &Job::launch(&["--replicas", "3", "--detach"]));
     job.wait_for_rows(1);
     job.expect(0, &["cancel", "r"]);
     let kept = job.rows_done();
     assert_eq!(job.status()["phase"], "CANCELLED");
-    assert!((1..160).contains(&kept), "{kept}");
+    assert!((1..600).contains(&kept), "{kept}");
     job.expect(30, &["results", "r", "verify"]);
     job.expect(0, &["resume", "r"]);
-    assert!(job.output() == undisturbed(160, 60));
+    assert!(job.output() == undisturbed(600, 40));
     job.expect(0, &["results", "r", "verify"]);
     assert!(
         !fs::read_dir(job.path()).unwrap().any(|entry| entry.unwrap().path().extension() == Some("partial".as_ref()))

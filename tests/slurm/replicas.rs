@@ -14,7 +14,7 @@ fn two_replicas_share_a_job_and_one_is_killed() {
 
 fn two_replicas_one_killed(cluster: &Cluster) {
     let home = cluster.home.path();
-    let prompts: Vec<String> = (0..160).map(|row| format!("'Sing of {row}.'")).collect();
+    let prompts: Vec<String> = (0..800).map(|row| format!("'Sing of {row}.'")).collect();
     let file = |output: &str| {
         let path = home.join(format!("{output}.toml"));
         let text = format!(
@@ -38,7 +38,7 @@ fn two_replicas_one_killed(cluster: &Cluster) {
     cluster.stdout(&["wait", "both", "--for", "done", "--timeout", "120s"]);
     assert_eq!(fs::read(home.join("shared.jsonl")).unwrap(), fs::read(home.join("alone.jsonl")).unwrap());
     let verified = cluster.stdout(&["results", "both", "verify"]);
-    assert!(verified.contains("160 of 160"), "{verified}");
+    assert!(verified.contains("800 of 800"), "{verified}");
     let status = cluster.status("both");
     assert_eq!((&status["phase"], &status["replicas"][1]["phase"]), (&"DONE".into(), &"DONE".into()), "{status}");
     assert_ne!(status["replicas"][0]["phase"], "DONE", "{status}");

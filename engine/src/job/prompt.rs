@@ -119,7 +119,9 @@ fn render(user: &Environment<'static>, columns: &Map<String, Value>) -> Result<S
             template.undeclared_variables(false).into_iter().filter(|name| !columns.contains_key(name)).collect();
         missing.sort_unstable();
         let has = columns.keys().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ");
-        match missing.first() {
+        // The one that it stumbled over, as others may be optional.
+        let at = error.range().and_then(|range| template.source().get(range)).unwrap_or_default();
+        match missing.iter().find(|column| at.contains(column.as_str())).or(missing.first()) {
             Some(column) if error.kind() == minijinja::ErrorKind::UndefinedError => {
                 format!("the prompt template needs the column `{column}`; the row has {has}")
             }
@@ -149,7 +151,7 @@ mod tests {
         let styled = json!({"topic": "<a>", "style": {"name": "Donne"}, "prompt": "p"});
         assert!(prompt(user, styled).unwrap().starts_with("On <a> as Donne. "));
         assert_eq!(prompt(Some("{{ prompt }}!"), json!({"prompt": "p"})).unwrap(), "p! {}");
-        let error = prompt(user, json!({"topics": "sea", "n": 1})).unwrap_err();
+        let error = prompt(Some("On {{ topic }}."), json!({"topics": "sea", "n": 1})).unwrap_err();
         assert_eq!(error, "the prompt template needs the column `topic`; the row has `topics`, `n`");
         assert!(prompt(Some("{{ n.x() }}"), json!({"n": 1})).unwrap_err().starts_with("the prompt template: "));
     }

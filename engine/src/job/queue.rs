@@ -302,7 +302,7 @@ mod tests {
     use super::*;
 
     /// Short, as the tests wait for it to pass.
-    const LEASE: Duration = Duration::from_millis(300);
+    const LEASE: Duration = Duration::from_secs(1);
 
     fn queue(dir: &Path, replica: u32, attempt: u32) -> Queue {
         let journals = vec![PathBuf::new(); 2];
