@@ -130,11 +130,16 @@ impl ModelConfig {
     }
 
     /// Into how many equal parts the sums of row-parallel products are cut, whatever the mesh: the largest tensor-parallel size
-    /// that this model allows. The same parts on every mesh give the same bits on every mesh.
+    /// that this model allows with parts of even width, as products take two columns at a time. The same parts on every mesh give the same bits
+    /// on every mesh.
     pub fn reduction_chunks(&self) -> usize {
         (0..=3)
             .map(|power| 1 << power)
-            .filter(|chunks| self.num_kv_heads.is_multiple_of(*chunks) && self.ffn_size.is_multiple_of(*chunks))
+            .filter(|chunks| {
+                self.num_kv_heads.is_multiple_of(*chunks)
+                    && (self.num_heads * self.head_dim).is_multiple_of(2 * chunks)
+                    && self.ffn_size.is_multiple_of(2 * chunks)
+            })
             .max()
             .unwrap_or(1)
     }
@@ -263,7 +268,7 @@ mod tests {
         assert_eq!(chunks(8, 9216), 8);
         assert_eq!(chunks(48, 9216), 8);
         assert_eq!(chunks(2, 9216), 2);
-        assert_eq!(chunks(8, 9220), 4);
+        assert_eq!(chunks(8, 9220), 2);
         assert_eq!(chunks(3, 9216), 1);
     }
 

@@ -1,8 +1,8 @@
 //! What a device must be able to do. The model (`model.rs`) is written once over [`Backend`]; CPU and CUDA implement it.
 //!
 //! Activations are f32 in row-major [rows, width] buffers, one row a token; the residual stream is never rounded. With
-//! [`ComputeType::Bf16`] weights, what they are multiplied with, keys and values are rounded to bf16, queries are not, and products are
-//! accumulated in f32; with [`ComputeType::F32`] nothing is rounded.
+//! [`ComputeType::Bf16`] weights and what they are multiplied with are rounded to bf16, keys and values to 16 bits, queries are not, and
+//! products are accumulated in f32; with [`ComputeType::F32`] nothing is rounded.
 //!
 //! Every operation computes a row from that row alone, in an order of additions that depends neither on the other rows nor on how
 //! weights are split over ranks. That is what makes a sequence's tokens independent of its batch and of the mesh.

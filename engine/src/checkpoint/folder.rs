@@ -187,7 +187,7 @@ pub(super) fn map(path: &Path) -> Result<Storage, CheckpointError> {
     // SAFETY: the map is only read, through byte slices for which every content is valid. That nobody changes or cuts a
     // checkpoint while it is being read is what every program that maps weights relies on; a reader of a cut file is ended by SIGBUS.
     let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
-    Ok(Storage::new(map))
+    Ok(Storage::of_file(map))
 }
 
 /// Whether a name that stands in a file can only mean a file beside it.

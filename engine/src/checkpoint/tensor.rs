@@ -35,15 +35,35 @@ impl Dtype {
 
 /// Bytes that stay in place and unchanged as long as a handle lives: a mapped file, or a part of the binary.
 #[derive(Clone)]
-pub struct Storage(Arc<dyn AsRef<[u8]> + Send + Sync>);
+pub struct Storage {
+    bytes: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    is_file: bool,
+}
 
 impl Storage {
     pub fn new(bytes: impl AsRef<[u8]> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(bytes))
+        Self { bytes: Arc::new(bytes), is_file: false }
+    }
+
+    pub fn of_file(map: memmap2::Mmap) -> Self {
+        Self { bytes: Arc::new(map), is_file: true }
     }
 
     pub fn bytes(&self) -> &[u8] {
-        (*self.0).as_ref()
+        (*self.bytes).as_ref()
+    }
+
+    /// Says that these bytes are not needed for now: a file's pages then no longer count as this process's memory. They are read again if they
+    /// are used.
+    pub fn set_aside(&self, range: Range<usize>) {
+        if self.is_file && range.start < range.end {
+            const PAGE: usize = 4096;
+            let bytes = self.bytes();
+            let start = range.start / PAGE * PAGE;
+            let len = bytes[start..range.end].len();
+            // SAFETY: the range lies inside a read-only map of a file, which this leaves as it is; a map begins at a page.
+            unsafe { libc::madvise(bytes.as_ptr().add(start).cast_mut().cast(), len, libc::MADV_DONTNEED) };
+        }
     }
 }
 

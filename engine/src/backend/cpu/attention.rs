@@ -1,53 +1,87 @@
 //! Causal attention over a paged cache, in blocks of keys with a running maximum.
 //!
 //! A row is one query head of one token. Blocks begin at fixed positions of the sequence and a row takes its own part of each, so
-//! that its result depends neither on the tokens computed beside it nor on the size and order of pages.
+//! that its result depends neither on the tokens computed beside it nor on the size and order of pages. Keys lie across: sixteen positions are
+//! the lanes of a vector, so that scores are sums without a sum over lanes.
 
-use super::gemm::{Output, dots};
+use super::gemm::Output;
 use super::matrix::Aligned;
-use super::product::{Element, Product};
+use super::product::Cached;
 use super::simd::{Kernel, Simd};
 
 /// Positions of a block.
 const KEY_BLOCK: usize = 64;
 /// Rows that a task should have: enough to read keys and values seldom, few enough that its memory stays near.
-const TARGET_ROWS: usize = 32;
-
-/// Elements of one head's row in the cache: padded, so that it consists of whole vectors.
-pub(super) fn padded(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(32)
-}
+const TARGET_ROWS: usize = 48;
 
 /// Tokens of one task if `group` query heads share a KV head.
 pub(super) fn tokens_per_task(group: usize) -> usize {
     (TARGET_ROWS / group).max(1)
 }
 
-/// Keys and values of one layer, each [pages, page_tokens, kv_heads, padded head_dim].
+/// Keys and values of one layer.
 #[derive(Clone, Copy)]
-pub(super) struct Cache<'a, W> {
-    pub(super) keys: &'a [W],
-    pub(super) values: &'a [W],
+pub(super) struct Cache<'a, E> {
+    /// [pages, kv_heads, head_dim, slots]
+    pub(super) keys: &'a [E],
+    /// [pages, kv_heads, page_tokens, padded head_dim]
+    pub(super) values: &'a [E],
+    pub(super) layout: Layout,
+}
+
+/// Where a position of a page lies in the cache.
+#[derive(Clone, Copy)]
+pub(super) struct Layout {
     pub(super) page_tokens: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
+}
+
+impl Layout {
+    /// Elements of one head's value: padded, so that it consists of whole vectors.
+    pub(super) fn value_len(&self) -> usize {
+        self.head_dim.next_multiple_of(32)
+    }
+
+    /// Positions of a page with those that fill its last vector of keys.
+    pub(super) fn slots(&self) -> usize {
+        self.page_tokens.next_multiple_of(16)
+    }
+
+    pub(super) fn keys_of_page(&self) -> usize {
+        self.kv_heads * self.head_dim * self.slots()
+    }
+
+    pub(super) fn values_of_page(&self) -> usize {
+        self.kv_heads * self.page_tokens * self.value_len()
+    }
+
+    /// Index of the first element of the key; the next ones are [`Self::slots`] apart.
+    pub(super) fn key(&self, page: usize, head: usize, slot: usize) -> usize {
+        (page * self.kv_heads + head) * self.head_dim * self.slots() + slot
+    }
+
+    /// Index of the first element of the value.
+    pub(super) fn value(&self, page: usize, head: usize, slot: usize) -> usize {
+        ((page * self.kv_heads + head) * self.page_tokens + slot) * self.value_len()
+    }
 }
 
 /// One task: some consecutive tokens of a sequence with the query heads that share one KV head.
-pub(super) struct Attention<'a, P: Product> {
+pub(super) struct Attention<'a, E> {
     /// q of the first token's first head of the group; `q_stride` elements from token to token. Heads are `head_dim` apart.
     pub(super) q: &'a [f32],
     pub(super) q_stride: usize,
     pub(super) tokens: usize,
     /// Query heads.
     pub(super) group: usize,
-    pub(super) head_dim: usize,
     /// Position of the first token.
     pub(super) position: usize,
-    pub(super) cache: Cache<'a, P::W>,
+    pub(super) cache: Cache<'a, E>,
     pub(super) page_table: &'a [u32],
-    pub(super) kv_heads: usize,
     pub(super) kv_head: usize,
     /// The result of token t and head h of the group begins at `first + t · out_stride + h · head_dim`; no other task writes there.
-    pub(super) out: Output<'a>,
+    pub(super) out: Output<'a, f32>,
     pub(super) first: usize,
     pub(super) out_stride: usize,
     pub(super) scratch: &'a mut Scratch,
@@ -55,7 +89,7 @@ pub(super) struct Attention<'a, P: Product> {
 
 /// Memory of a thread's task, kept for its next one.
 pub(super) struct Scratch {
-    /// [rows, padded head_dim], in the type of the products' operands.
+    /// [rows, head_dim]
     q: Aligned<f32>,
     /// [rows, padded head_dim]: weighted sums of values.
     sums: Aligned<f32>,
@@ -83,34 +117,42 @@ struct Row {
     visible: usize,
 }
 
-impl<P: Product> Kernel for Attention<'_, P> {
+/// Positions of a block that share a vector of keys.
+#[derive(Clone, Copy)]
+struct Keys<E> {
+    /// The vector's first dimension.
+    first: *const E,
+    /// The lanes in use, and where in the block they belong.
+    lane: usize,
+    len: usize,
+    index: usize,
+}
+
+impl<E: Cached> Kernel for Attention<'_, E> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         // SAFETY: the CPU has S.
-        unsafe { if S::WIDE { self.attend::<S, 4, 6, 4>() } else { self.attend::<S, 2, 2, 2>() } }
+        unsafe { if S::WIDE { self.attend::<S, 6, 4>() } else { self.attend::<S, 4, 1>() } }
     }
 }
 
-impl<P: Product> Attention<'_, P> {
-    /// Tiles are MR rows with NR keys, and MR rows with NV vectors of a value.
+impl<E: Cached> Attention<'_, E> {
+    /// Tiles are MR rows with NV vectors of keys, or of a value.
     ///
     /// # Safety
     /// The CPU has S.
     #[inline(always)]
-    unsafe fn attend<S: Simd, const MR: usize, const NR: usize, const NV: usize>(self) {
-        let dim = padded(self.head_dim);
+    unsafe fn attend<S: Simd, const MR: usize, const NV: usize>(self) {
+        let Cache { keys: all_keys, values: all_values, layout } = self.cache;
+        let (head_dim, dim, slots) = (layout.head_dim, layout.value_len(), layout.slots());
         let num_rows = self.tokens * self.group;
         let end = self.position + self.tokens;
-        let scale = (1.0 / (self.head_dim as f64).sqrt()) as f32;
+        let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
 
-        let q: &mut [P::X] = &mut bytemuck::cast_slice_mut(self.scratch.q.at_least(num_rows * dim))[..num_rows * dim];
-        for row in 0..num_rows {
-            let start = row / self.group * self.q_stride + row % self.group * self.head_dim;
-            let (used, padding) = q[row * dim..][..dim].split_at_mut(self.head_dim);
-            for (to, from) in used.iter_mut().zip(&self.q[start..start + self.head_dim]) {
-                *to = P::X::from_f32(*from);
-            }
-            padding.fill(P::X::from_f32(0.0));
+        let q = self.scratch.q.at_least(num_rows * head_dim);
+        for (row, q) in q.chunks_exact_mut(head_dim).enumerate() {
+            let start = row / self.group * self.q_stride + row % self.group * head_dim;
+            q.copy_from_slice(&self.q[start..start + head_dim]);
         }
         let sums = self.scratch.sums.at_least(num_rows * dim);
         sums.fill(0.0);
@@ -123,56 +165,70 @@ impl<P: Product> Attention<'_, P> {
 
         for start in (0..end).step_by(KEY_BLOCK) {
             let len = KEY_BLOCK.min(end - start);
-            let Cache { keys: all_keys, values: all_values, page_tokens } = self.cache;
-            let mut keys = [all_keys.as_ptr(); KEY_BLOCK];
+            let mut keys = [Keys { first: all_keys.as_ptr(), lane: 0, len: 0, index: 0 }; KEY_BLOCK];
+            let mut num_keys = 0;
             let mut values = [all_values.as_ptr(); KEY_BLOCK];
             for j in 0..len {
                 let position = start + j;
-                let page = self.page_table[position / page_tokens] as usize;
-                let slot = page * page_tokens + position % page_tokens;
-                let first = (slot * self.kv_heads + self.kv_head) * dim;
-                keys[j] = all_keys[first..first + dim].as_ptr();
+                let page = self.page_table[position / layout.page_tokens] as usize;
+                let slot = position % layout.page_tokens;
+                let first = layout.value(page, self.kv_head, slot);
                 values[j] = all_values[first..first + dim].as_ptr();
+                if j == 0 || slot % 16 == 0 {
+                    let first = layout.key(page, self.kv_head, slot - slot % 16);
+                    let first = all_keys[first..first + (head_dim - 1) * slots + 16].as_ptr();
+                    keys[num_keys] = Keys { first, lane: slot % 16, len: 0, index: j };
+                    num_keys += 1;
+                }
+                keys[num_keys - 1].len += 1;
             }
+            let keys = &keys[..num_keys];
 
             // Tokens before the block see none of it.
             let first_row = start.saturating_sub(self.position) * self.group;
             let rows = &mut rows[first_row..];
-            let q = &q[first_row * dim..];
+            let q = &q[first_row * head_dim..];
             let sums = &mut sums[first_row * dim..];
-            let mut r = 0;
-            // SAFETY: `q` and `sums` have `dim` elements, whole vectors, for each row, and so have the first `len` keys and values.
+            // SAFETY: `q` has `head_dim` elements and `sums` has `dim`, whole vectors, for each row, and so have the keys and the first `len` values.
             unsafe {
+                let mut r = 0;
                 while r + MR <= rows.len() {
-                    score_rows::<S, P, MR, NR>(&q[r * dim..], dim, &keys[..len], scale, &mut rows[r..]);
+                    score_rows::<S, E, MR, NV>(&q[r * head_dim..], head_dim, keys, slots, scale, &mut rows[r..]);
                     r += MR;
                 }
-                while r < rows.len() {
-                    score_rows::<S, P, 1, NR>(&q[r * dim..], dim, &keys[..len], scale, &mut rows[r..]);
-                    r += 1;
+                while r + 2 <= rows.len() {
+                    score_rows::<S, E, 2, NV>(&q[r * head_dim..], head_dim, keys, slots, scale, &mut rows[r..]);
+                    r += 2;
+                }
+                if r < rows.len() {
+                    score_rows::<S, E, 1, NV>(&q[r * head_dim..], head_dim, keys, slots, scale, &mut rows[r..]);
                 }
                 for (r, row) in rows.iter_mut().enumerate() {
                     let position = self.position + (first_row + r) / self.group;
                     row.visible = KEY_BLOCK.min(position + 1 - start);
                     row.weigh();
                 }
-                r = 0;
+                let mut r = 0;
                 while r + MR <= rows.len() {
-                    add_values::<S, P, MR, NV>(&rows[r..], dim, &values[..len], &mut sums[r * dim..]);
+                    add_values::<S, E, MR, NV>(&rows[r..], dim, &values[..len], &mut sums[r * dim..]);
                     r += MR;
                 }
-                while r < rows.len() {
-                    add_values::<S, P, 1, NV>(&rows[r..], dim, &values[..len], &mut sums[r * dim..]);
-                    r += 1;
+                while r + 2 <= rows.len() {
+                    add_values::<S, E, 2, NV>(&rows[r..], dim, &values[..len], &mut sums[r * dim..]);
+                    r += 2;
+                }
+                if r < rows.len() {
+                    add_values::<S, E, 1, NV>(&rows[r..], dim, &values[..len], &mut sums[r * dim..]);
                 }
             }
         }
 
         for (index, row) in rows.iter().enumerate() {
-            let first = self.first + index / self.group * self.out_stride + index % self.group * self.head_dim;
-            for (i, sum) in sums[index * dim..][..self.head_dim].iter().enumerate() {
-                // SAFETY: no other task writes this element.
-                unsafe { self.out.write(first + i, sum / row.total) }
+            let first = self.first + index / self.group * self.out_stride + index % self.group * head_dim;
+            // SAFETY: no other task writes these elements.
+            let out = unsafe { self.out.slice(first, head_dim) };
+            for (out, sum) in out.iter_mut().zip(&sums[index * dim..]) {
+                *out = sum / row.total;
             }
         }
     }
@@ -186,13 +242,15 @@ impl Row {
         let mut lanes = [f32::NEG_INFINITY; 16];
         for chunk in self.scores.as_chunks::<16>().0 {
             for i in 0..16 {
-                lanes[i] = lanes[i].max(chunk[i]);
+                lanes[i] = larger(chunk[i], lanes[i]);
             }
         }
-        let mut max = self.max;
-        for lane in lanes {
-            max = max.max(lane);
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                lanes[i] = larger(lanes[i + half], lanes[i]);
+            }
         }
+        let max = larger(lanes[0], self.max);
         let mut lanes = [0.0; 16];
         for chunk in self.scores.as_chunks_mut::<16>().0 {
             for i in 0..16 {
@@ -211,42 +269,83 @@ impl Row {
     }
 }
 
-/// scores[j] = q · keys[j] · scale of the first MR rows.
+/// `f32::max` takes more than one instruction because it looks for NaN; one in the scores still shows in their sum.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+/// scores = q · keys · scale of the first MR rows.
 ///
 /// # Safety
-/// The CPU has S; `q` holds MR rows of `dim` elements, each key `dim`, a multiple of 32.
+/// The CPU has S; `q` holds MR rows of `head_dim` elements; that many vectors, `slots` elements apart, can be read of each of the keys.
 #[inline(always)]
-unsafe fn score_rows<S: Simd, P: Product, const MR: usize, const NR: usize>(
-    q: &[P::X],
-    dim: usize,
-    keys: &[*const P::W],
+unsafe fn score_rows<S: Simd, E: Cached, const MR: usize, const NV: usize>(
+    q: &[f32],
+    head_dim: usize,
+    keys: &[Keys<E>],
+    slots: usize,
     scale: f32,
     rows: &mut [Row],
 ) {
-    let mut x = [q.as_ptr(); MR];
-    let mut j = 0;
+    let (q, rows) = (q.as_ptr(), &mut rows[..MR]);
+    let (tiles, rest) = keys.as_chunks::<NV>();
     // SAFETY: by this function's contract.
     unsafe {
-        for r in 1..MR {
-            x[r] = x[0].add(r * dim);
+        for keys in tiles {
+            S::call(ScoreTile::<E, MR, NV> { q, head_dim, keys: *keys, slots, scale, rows });
         }
-        while j + NR <= keys.len() {
-            let mut w = [keys[j]; NR];
-            w.copy_from_slice(&keys[j..j + NR]);
-            let sums = dots::<S, P, MR, NR>(x, w, dim);
-            for r in 0..MR {
-                for c in 0..NR {
-                    rows[r].scores[j + c] = sums[r][c] * scale;
+        for keys in rest {
+            S::call(ScoreTile::<E, MR, 1> { q, head_dim, keys: [*keys], slots, scale, rows });
+        }
+    }
+}
+
+/// MR rows with NV vectors of keys.
+struct ScoreTile<'a, E, const MR: usize, const NV: usize> {
+    q: *const f32,
+    head_dim: usize,
+    keys: [Keys<E>; NV],
+    slots: usize,
+    scale: f32,
+    /// MR of them.
+    rows: &'a mut [Row],
+}
+
+impl<E: Cached, const MR: usize, const NV: usize> Kernel for ScoreTile<'_, E, MR, NV> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: whoever made the tile has proven its operands.
+        unsafe {
+            let mut sums = [[S::splat(0.0); NV]; MR];
+            let mut at = self.keys.map(|keys| keys.first);
+            for d in 0..self.head_dim {
+                let mut k = [E::load::<S>(at[0]); NV];
+                for v in 1..NV {
+                    k[v] = E::load::<S>(at[v]);
+                }
+                for v in 0..NV {
+                    at[v] = at[v].wrapping_add(self.slots);
+                }
+                for r in 0..MR {
+                    let q = S::splat(*self.q.add(r * self.head_dim + d));
+                    for v in 0..NV {
+                        sums[r][v] = S::mul_add(q, k[v], sums[r][v]);
+                    }
                 }
             }
-            j += NR;
-        }
-        while j < keys.len() {
-            let sums = dots::<S, P, MR, 1>(x, [keys[j]], dim);
-            for r in 0..MR {
-                rows[r].scores[j] = sums[r][0] * scale;
+            let scale = S::splat(self.scale);
+            for (row, sums) in self.rows.iter_mut().zip(sums) {
+                for (keys, sum) in self.keys.iter().zip(sums) {
+                    if keys.len == 16 {
+                        S::store(row.scores[keys.index..keys.index + 16].as_mut_ptr(), S::mul(sum, scale));
+                        continue;
+                    }
+                    let mut lanes = [0.0; 16];
+                    S::store(lanes.as_mut_ptr(), S::mul(sum, scale));
+                    row.scores[keys.index..][..keys.len].copy_from_slice(&lanes[keys.lane..][..keys.len]);
+                }
             }
-            j += 1;
         }
     }
 }
@@ -256,10 +355,10 @@ unsafe fn score_rows<S: Simd, P: Product, const MR: usize, const NR: usize>(
 /// # Safety
 /// The CPU has S; `sums` holds MR rows of `dim` elements, each value `dim`, a multiple of 32.
 #[inline(always)]
-unsafe fn add_values<S: Simd, P: Product, const MR: usize, const NV: usize>(
+unsafe fn add_values<S: Simd, E: Cached, const MR: usize, const NV: usize>(
     rows: &[Row],
     dim: usize,
-    values: &[*const P::W],
+    values: &[*const E],
     sums: &mut [f32],
 ) {
     let rows = &rows[..MR];
@@ -276,20 +375,21 @@ unsafe fn add_values<S: Simd, P: Product, const MR: usize, const NV: usize>(
         while d < dim {
             let vectors = if d + NV * 16 <= dim { NV } else { 2 };
             let at = sums.add(d);
+            let seen = &values[..shared];
             if vectors == NV {
-                value_tile::<S, P, MR, NV>(rows, true, &values[..shared], 0, d, at, dim);
+                S::call(ValueTile::<E, MR, NV> { rows, shrink: true, values: seen, first: 0, d, sums: at, dim });
             } else {
-                value_tile::<S, P, MR, 2>(rows, true, &values[..shared], 0, d, at, dim);
+                S::call(ValueTile::<E, MR, 2> { rows, shrink: true, values: seen, first: 0, d, sums: at, dim });
             }
             for r in 0..MR {
-                let (row, own, at) = (&rows[r..=r], &values[shared..rows[r].visible], at.add(r * dim));
-                if own.is_empty() {
+                let (rows, values, sums) = (&rows[r..=r], &values[shared..rows[r].visible], at.add(r * dim));
+                if values.is_empty() {
                     continue;
                 }
                 if vectors == NV {
-                    value_tile::<S, P, 1, NV>(row, false, own, shared, d, at, dim);
+                    S::call(ValueTile::<E, 1, NV> { rows, shrink: false, values, first: shared, d, sums, dim });
                 } else {
-                    value_tile::<S, P, 1, 2>(row, false, own, shared, d, at, dim);
+                    S::call(ValueTile::<E, 1, 2> { rows, shrink: false, values, first: shared, d, sums, dim });
                 }
             }
             d += vectors * 16;
@@ -298,40 +398,47 @@ unsafe fn add_values<S: Simd, P: Product, const MR: usize, const NV: usize>(
 }
 
 /// Adds `values`, the first of which has the weight `first`, elements `d .. d + 16 · NV`, to MR rows of sums at `sums`, which are `dim` apart.
-///
-/// # Safety
-/// The CPU has S; those elements exist in every value and in the sums.
-#[inline(always)]
-unsafe fn value_tile<S: Simd, P: Product, const MR: usize, const NV: usize>(
-    rows: &[Row],
+struct ValueTile<'a, E, const MR: usize, const NV: usize> {
+    /// MR of them.
+    rows: &'a [Row],
     shrink: bool,
-    values: &[*const P::W],
+    values: &'a [*const E],
     first: usize,
     d: usize,
     sums: *mut f32,
     dim: usize,
-) {
-    // SAFETY: by this function's contract.
-    unsafe {
-        let mut tile = [[S::splat(0.0); NV]; MR];
-        for r in 0..MR {
-            let factor = S::splat(if shrink { rows[r].shrink } else { 1.0 });
-            for v in 0..NV {
-                tile[r][v] = S::mul(S::load(sums.add(r * dim + v * 16)), factor);
-            }
-        }
-        for (j, value) in values.iter().enumerate() {
-            for v in 0..NV {
-                let value = P::W::load::<S>(value.add(d + v * 16));
-                for r in 0..MR {
-                    let weight = S::splat(rows.get_unchecked(r).scores[first + j]);
-                    tile[r][v] = S::mul_add(weight, value, tile[r][v]);
+}
+
+impl<E: Cached, const MR: usize, const NV: usize> Kernel for ValueTile<'_, E, MR, NV> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { rows, shrink, values, first, d, sums, dim } = self;
+        // SAFETY: whoever made the tile has proven that those elements exist in every value and in the sums.
+        unsafe {
+            let mut tile = [[S::splat(0.0); NV]; MR];
+            for r in 0..MR {
+                let factor = S::splat(if shrink { rows[r].shrink } else { 1.0 });
+                for v in 0..NV {
+                    tile[r][v] = S::mul(S::load(sums.add(r * dim + v * 16)), factor);
                 }
             }
-        }
-        for r in 0..MR {
-            for v in 0..NV {
-                S::store(sums.add(r * dim + v * 16), tile[r][v]);
+            let weights = rows.as_ptr();
+            for (j, value) in values.iter().enumerate() {
+                let mut x = [S::splat(0.0); NV];
+                for v in 0..NV {
+                    x[v] = E::load::<S>(value.add(d + v * 16));
+                }
+                for r in 0..MR {
+                    let weight = S::splat(*(*weights.add(r)).scores.as_ptr().add(first + j));
+                    for v in 0..NV {
+                        tile[r][v] = S::mul_add(weight, x[v], tile[r][v]);
+                    }
+                }
+            }
+            for r in 0..MR {
+                for v in 0..NV {
+                    S::store(sums.add(r * dim + v * 16), tile[r][v]);
+                }
             }
         }
     }

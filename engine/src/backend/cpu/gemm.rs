@@ -1,285 +1,257 @@
-//! Matrix products y = x · Wᵀ with both operands contiguous along the sum, so that weights are used as they are stored.
+//! Matrix products y = x · Wᵀ on packed weights (`matrix.rs`).
 //!
-//! Every element of y is one dot product with a fixed order of additions: lane j of 16 adds elements (of bf16: pairs) j, j + 16, …;
-//! what does not fill a vector at the end is filled up with zeros; [`Simd::sum`] adds the lanes. Tiles and blocks only interleave
-//! the sums of different elements, so that none depends on what is computed beside it.
+//! Sixteen elements of y are the lanes of a sum, to which the products along the columns of W are added in order; every row of x meets them in
+//! the same way, whether alone or in a tile of twelve. So an element of y has the same bits whatever is computed beside it, one row reads the weights
+//! as fast as memory gives them, and many rows keep the multipliers busy.
 
-use super::matrix::Panel;
-use super::product::{Element, Product};
+use super::matrix::{PANEL, Panel};
+use super::product::Product;
 use super::simd::{Kernel, Simd};
 
-/// Rows of x that one task multiplies.
-pub(super) const ROW_BLOCK: usize = 64;
-/// Most rows of W that one task multiplies.
-pub(super) const COLUMN_BLOCK: usize = 48;
+/// Rows of x that one task multiplies: their partial sums stay in the cache.
+pub(super) const ROW_BLOCK: usize = 512;
+/// Steps after which the next rows take their turn: the weights of so many stay in the cache for all of them.
+const STEP_BLOCK: usize = 512;
 /// Logarithm of the largest number of chunks.
-pub(super) const MAX_LEVELS: usize = 7;
+const MAX_LEVELS: usize = 7;
 
-/// Where tasks write y; each writes elements that no other does.
-#[derive(Clone, Copy)]
-pub(super) struct Output<'a> {
-    start: *mut f32,
+/// Memory that tasks write to; each writes elements that no other does.
+pub(super) struct Output<'a, T> {
+    start: *mut T,
     len: usize,
-    _exclusive: std::marker::PhantomData<&'a mut [f32]>,
+    _exclusive: std::marker::PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: `write` is unsafe and demands that threads write different elements.
-unsafe impl Send for Output<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for Output<'_> {}
+impl<T> Clone for Output<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
 
-impl<'a> Output<'a> {
-    pub(super) fn new(data: &'a mut [f32]) -> Self {
+impl<T> Copy for Output<'_, T> {}
+
+// SAFETY: the methods are unsafe and demand that threads write different elements.
+unsafe impl<T: Send> Send for Output<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Output<'_, T> {}
+
+impl<'a, T> Output<'a, T> {
+    pub(super) fn new(data: &'a mut [T]) -> Self {
         Self { start: data.as_mut_ptr(), len: data.len(), _exclusive: std::marker::PhantomData }
     }
 
+    /// `len` elements from `first` on.
+    ///
     /// # Safety
-    /// No other thread reads or writes this element at the same time.
+    /// Nobody else uses them as long as the slice lives.
     #[inline(always)]
-    pub(super) unsafe fn write(self, index: usize, value: f32) {
+    pub(super) unsafe fn slice(self, first: usize, len: usize) -> &'a mut [T] {
+        assert!(first <= self.len && len <= self.len - first);
+        // SAFETY: the elements are inside the slice that this was made of, and by this method's contract nobody else uses them.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), len) }
+    }
+
+    /// # Safety
+    /// Nobody else uses this element at the same time.
+    #[inline(always)]
+    pub(super) unsafe fn write(self, index: usize, value: T) {
         assert!(index < self.len);
         // SAFETY: the index is inside the slice, and by this method's contract nobody else uses the element.
         unsafe { self.start.add(index).write(value) }
     }
 }
 
-/// What the tasks of one product have in common, and where one of them is.
-#[derive(Clone, Copy)]
-pub(super) struct Task<'a> {
-    /// Rows of x, at most [`ROW_BLOCK`].
-    pub(super) first_row: usize,
+/// One task: some rows of x times one panel of W.
+pub(super) struct Gemm<'a, P: Product> {
+    /// [rows, steps · P::STEP], `x_stride` elements from row to row.
+    pub(super) x: &'a [P::X],
+    pub(super) x_stride: usize,
     pub(super) rows: usize,
-    pub(super) panel: &'a Panel,
-    /// Length of the sums.
-    pub(super) cols: usize,
-    /// Parts of the sums, a power of two that divides `cols`; see `Backend::linear_chunked`.
+    pub(super) panel: Panel<'a>,
+    /// Parts of the sums, a power of two; see `Backend::linear_chunked`.
     pub(super) chunks: usize,
     /// Store relu(y)² in place of y.
     pub(super) relu2: bool,
-    /// y, `out_stride` elements from row to row.
-    pub(super) out: Output<'a>,
+    /// The panel's columns of row r of y begin at `first + r · out_stride`.
+    pub(super) out: Output<'a, f32>,
+    pub(super) first: usize,
     pub(super) out_stride: usize,
+    /// Room for [`sums_len`] numbers.
+    pub(super) sums: &'a mut [f32],
 }
 
-/// A task with its operands.
-pub(super) struct Gemm<'a, P: Product> {
-    task: Task<'a>,
-    /// [rows, cols], `x_stride` elements from row to row.
-    x: &'a [P::X],
-    x_stride: usize,
-    /// [columns, cols], `w_stride` elements from row to row.
-    w: &'a [P::W],
-    w_stride: usize,
-}
-
-impl<'a, P: Product> Gemm<'a, P> {
-    /// `x` holds all rows, `x_stride` elements from row to row.
-    pub(super) fn new(task: Task<'a>, x: &'a [P::X], x_stride: usize) -> Self {
-        let w = task.panel.elements(task.cols);
-        Self { task, x: &x[task.first_row * x_stride..], x_stride, w, w_stride: task.panel.stride }
-    }
+/// Numbers that a task needs for its sums.
+pub(super) fn sums_len(rows: usize, chunks: usize) -> usize {
+    (chunks.trailing_zeros() as usize + 1) * rows * PANEL
 }
 
 impl<P: Product> Kernel for Gemm<'_, P> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // SAFETY: the CPU has S. The tiles are those whose sums fit the registers.
-        unsafe { if S::WIDE { self.multiply::<S, 4, 6>() } else { self.multiply::<S, 2, 2>() } }
-    }
-}
-
-impl<P: Product> Gemm<'_, P> {
-    /// # Safety
-    /// The CPU has S.
-    #[inline(always)]
-    unsafe fn multiply<S: Simd, const MR: usize, const NR: usize>(&self) {
+        let Self { x, x_stride, rows, panel, chunks, out, first, out_stride, .. } = self;
+        let steps = panel.words.len() / PANEL;
         // What the loads of the tiles rely on.
-        let Task { rows, cols, chunks, .. } = self.task;
-        let columns = self.task.panel.rows;
-        assert!(0 < rows && (rows - 1) * self.x_stride + cols <= self.x.len());
-        assert!(0 < columns && (columns - 1) * self.w_stride + cols <= self.w.len());
-        assert!(chunks.is_power_of_two() && chunks <= 1 << MAX_LEVELS && cols.is_multiple_of(chunks));
-
-        let whole_tiles = columns - columns % NR;
-        // SAFETY: the tiles have columns below `columns`.
-        unsafe {
-            for column in (0..whole_tiles).step_by(NR) {
-                self.columns::<S, MR, NR>(column);
+        assert!(0 < rows && (rows - 1) * x_stride + steps * P::STEP <= x.len());
+        assert!(chunks.is_power_of_two() && chunks <= 1 << MAX_LEVELS && steps.is_multiple_of(chunks));
+        let width = steps / chunks;
+        let (sums, len) = (self.sums, rows * PANEL);
+        for chunk in 0..chunks {
+            let mut level = 0;
+            // Sums of 2, 4, … chunks are completed as a binary counter carries: this chunk's go behind those that it completes.
+            let target = chunk.trailing_ones() as usize;
+            let (earlier, part) = sums.split_at_mut(target * len);
+            let part = &mut part[..len];
+            for start in (0..width).step_by(STEP_BLOCK) {
+                let block = Block::<P> {
+                    x: &x[(chunk * width + start) * P::STEP..],
+                    x_stride,
+                    rows,
+                    words: &panel.words[(chunk * width + start) * PANEL..],
+                    steps: STEP_BLOCK.min(width - start),
+                    is_first: start == 0,
+                    sums: part,
+                };
+                // SAFETY: the CPU has S, and the operands were measured above.
+                unsafe { if S::WIDE { block.multiply::<S, 12, 2>() } else { block.multiply::<S, 4, 1>() } }
             }
-            for column in whole_tiles..columns {
-                self.columns::<S, MR, 1>(column);
+            while level < target {
+                for (sum, earlier) in part.iter_mut().zip(&earlier[level * len..]) {
+                    *sum += earlier;
+                }
+                level += 1;
+            }
+        }
+        let sums = &mut sums[chunks.trailing_zeros() as usize * len..][..len];
+        for (row, sums) in sums.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+            if self.relu2 {
+                for vector in sums.as_chunks_mut::<16>().0 {
+                    // SAFETY: the CPU has S; the vector is one.
+                    unsafe {
+                        let relu = S::max(S::load(vector.as_ptr()), S::splat(0.0));
+                        S::store(vector.as_mut_ptr(), S::mul(relu, relu));
+                    }
+                }
+            }
+            // SAFETY: no other task has these columns of these rows.
+            let out = unsafe { out.slice(first + row * out_stride, panel.columns) };
+            match out.as_mut_array::<PANEL>() {
+                Some(out) => *out = *sums,
+                None => out.copy_from_slice(&sums[..panel.columns]),
             }
         }
     }
+}
 
-    /// All rows of x with NR rows of W, which stay in the cache meanwhile.
+/// All rows with some steps of a panel.
+struct Block<'a, P: Product> {
+    x: &'a [P::X],
+    x_stride: usize,
+    rows: usize,
+    /// [steps, PANEL]
+    words: &'a [u32],
+    steps: usize,
+    /// The sums begin here, else they go on.
+    is_first: bool,
+    /// [rows, PANEL]
+    sums: &'a mut [f32],
+}
+
+impl<P: Product> Block<'_, P> {
+    /// Tiles have at most `MAX` rows and `NV` vectors of columns.
     ///
     /// # Safety
-    /// The CPU has S; `multiply` has measured the operands; `column + NR` rows of W exist.
+    /// The CPU has S; the operands are as long as the fields say.
     #[inline(always)]
-    unsafe fn columns<S: Simd, const MR: usize, const NR: usize>(&self, column: usize) {
-        let rows = self.task.rows;
+    unsafe fn multiply<S: Simd, const MAX: usize, const NV: usize>(mut self) {
         let mut row = 0;
         // SAFETY: the tiles have rows below `rows`.
         unsafe {
-            while row + MR <= rows {
-                self.tile::<S, MR, NR>(row, column);
-                row += MR;
+            // Twice 8 is better than 12 and less.
+            while row + MAX <= self.rows && !(MAX == 12 && (13..=16).contains(&(self.rows - row))) {
+                self.tile::<S, MAX, NV>(row);
+                row += MAX;
             }
-            if row + 2 <= rows {
-                self.tile::<S, 2, NR>(row, column);
+            while MAX > 8 && row + 8 <= self.rows {
+                self.tile::<S, 8, NV>(row);
+                row += 8;
+            }
+            if MAX > 4 && row + 4 <= self.rows {
+                self.tile::<S, 4, NV>(row);
+                row += 4;
+            }
+            if row + 2 <= self.rows {
+                self.tile::<S, 2, NV>(row);
                 row += 2;
             }
-            if row < rows {
-                self.tile::<S, 1, NR>(row, column);
+            if row < self.rows {
+                self.tile::<S, 1, NV>(row);
             }
         }
     }
 
     /// # Safety
-    /// As `columns`; `row + MR` rows of x exist.
+    /// As `multiply`; `row + MR` rows exist.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const MR: usize, const NR: usize>(&self, row: usize, column: usize) {
-        let task = &self.task;
-        let width = task.cols / task.chunks;
-        let mut x = [self.x.as_ptr(); MR];
-        let mut w = [self.w.as_ptr(); NR];
-        let mut sums = [[[0.0; NR]; MR]; MAX_LEVELS + 1];
-        // SAFETY: the rows exist and have `cols` elements; no other task has these rows of y with this panel.
-        unsafe {
-            for r in 0..MR {
-                x[r] = x[r].add((row + r) * self.x_stride);
-            }
-            for c in 0..NR {
-                w[c] = w[c].add((column + c) * self.w_stride);
-            }
-            for chunk in 0..task.chunks {
-                let mut part = dots::<S, P, MR, NR>(x, w, width);
-                x = advanced(x, width);
-                w = advanced(w, width);
-                // Sums of 2, 4, … chunks are completed as a binary counter carries.
-                let mut level = 0;
-                while chunk >> level & 1 == 1 {
-                    for (part, earlier) in part.as_flattened_mut().iter_mut().zip(sums[level].as_flattened()) {
-                        *part += earlier;
-                    }
-                    level += 1;
-                }
-                sums[level] = part;
-            }
-            let sums = &sums[task.chunks.trailing_zeros() as usize];
-            for r in 0..MR {
-                for c in 0..NR {
-                    let sum = sums[r][c];
-                    let relu = if sum < 0.0 { 0.0 } else { sum };
-                    let index = (task.first_row + row + r) * task.out_stride + task.panel.first_row + column + c;
-                    task.out.write(index, if task.relu2 { relu * relu } else { sum });
-                }
+    unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(&mut self, row: usize) {
+        for vector in (0..PANEL / 16).step_by(NV) {
+            // SAFETY: by this method's contract.
+            unsafe {
+                S::call(Tile::<P, MR, NV> {
+                    x: self.x.as_ptr().add(row * self.x_stride),
+                    x_stride: self.x_stride,
+                    words: self.words.as_ptr().add(16 * vector),
+                    steps: self.steps,
+                    is_first: self.is_first,
+                    sums: self.sums[row * PANEL + 16 * vector..].as_mut_ptr(),
+                });
             }
         }
     }
 }
 
-/// # Safety
-/// As `<*const T>::add`, for every pointer.
-#[inline(always)]
-unsafe fn advanced<T, const N: usize>(mut pointers: [*const T; N], by: usize) -> [*const T; N] {
-    for pointer in &mut pointers {
-        // SAFETY: by this function's contract.
-        *pointer = unsafe { pointer.add(by) };
-    }
-    pointers
+/// MR rows with NV vectors of columns.
+struct Tile<P: Product, const MR: usize, const NV: usize> {
+    x: *const P::X,
+    x_stride: usize,
+    words: *const u32,
+    steps: usize,
+    is_first: bool,
+    sums: *mut f32,
 }
 
-/// x[r] · w[c] over `len` elements.
-///
-/// # Safety
-/// The CPU has S; `len` elements can be read from every pointer.
-#[inline(always)]
-pub(super) unsafe fn dots<S: Simd, P: Product, const MR: usize, const NR: usize>(
-    x: [*const P::X; MR],
-    w: [*const P::W; NR],
-    len: usize,
-) -> [[f32; NR]; MR] {
-    let mut lanes = [[Lanes([0.0; 16]); NR]; MR];
-    let mut sums = [[0.0; NR]; MR];
-    let rest = len % P::STEP;
-    let whole = len - rest;
-    // SAFETY: the first part ends inside the operands, the second is a copy.
-    unsafe {
-        S::call(Tile::<P, MR, NR> { x, w, depth: whole, lanes: &mut lanes });
-        if rest > 0 {
-            let x = ends(advanced(x, whole), rest);
-            let w = ends(advanced(w, whole), rest);
-            let (x, w) = (x.each_ref().map(|x| x.as_ptr()), w.each_ref().map(|w| w.as_ptr()));
-            S::call(Tile::<P, MR, NR> { x, w, depth: P::STEP, lanes: &mut lanes });
-        }
-        for r in 0..MR {
-            for c in 0..NR {
-                sums[r][c] = S::sum(S::load(lanes[r][c].0.as_ptr()));
-            }
-        }
-    }
-    sums
-}
-
-/// Partial sums of one element of y.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Lanes([f32; 16]);
-
-/// lanes[r][c] += x[r] · w[c] over `depth` elements, a multiple of `P::STEP`, which can be read from every pointer.
-struct Tile<'a, P: Product, const MR: usize, const NR: usize> {
-    x: [*const P::X; MR],
-    w: [*const P::W; NR],
-    depth: usize,
-    lanes: &'a mut [[Lanes; NR]; MR],
-}
-
-impl<P: Product, const MR: usize, const NR: usize> Kernel for Tile<'_, P, MR, NR> {
+impl<P: Product, const MR: usize, const NV: usize> Kernel for Tile<P, MR, NV> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // SAFETY: k + STEP ≤ depth.
+        // SAFETY: rows, steps and vectors are below the numbers that whoever made the tile has measured.
         unsafe {
-            let mut sums = [[S::splat(0.0); NR]; MR];
-            for r in 0..MR {
-                for c in 0..NR {
-                    sums[r][c] = S::load(self.lanes[r][c].0.as_ptr());
-                }
-            }
-            let mut k = 0;
-            while k < self.depth {
-                let mut w = [P::load_w::<S>(self.w[0].add(k)); NR];
-                for c in 1..NR {
-                    w[c] = P::load_w::<S>(self.w[c].add(k));
-                }
+            let mut sums = [[S::splat(0.0); NV]; MR];
+            if !self.is_first {
                 for r in 0..MR {
-                    let x = P::load_x::<S>(self.x[r].add(k));
-                    for c in 0..NR {
-                        sums[r][c] = P::mul_add::<S>(x, w[c], sums[r][c]);
+                    for v in 0..NV {
+                        sums[r][v] = S::load(self.sums.add(r * PANEL + 16 * v));
                     }
                 }
-                k = k.wrapping_add(P::STEP);
+            }
+            let (mut x, mut words) = (self.x, self.words);
+            for _ in 0..self.steps {
+                let mut w = [P::load::<S>(words); NV];
+                for v in 1..NV {
+                    w[v] = P::load::<S>(words.add(16 * v));
+                }
+                for r in 0..MR {
+                    let x = x.add(r * self.x_stride);
+                    for v in 0..NV {
+                        sums[r][v] = P::mul_add::<S>(x, w[v], sums[r][v]);
+                    }
+                }
+                x = x.add(P::STEP);
+                words = words.add(PANEL);
             }
             for r in 0..MR {
-                for c in 0..NR {
-                    S::store(self.lanes[r][c].0.as_mut_ptr(), sums[r][c]);
+                for v in 0..NV {
+                    S::store(self.sums.add(r * PANEL + 16 * v), sums[r][v]);
                 }
             }
         }
     }
-}
-
-/// Vectors that begin with `len` elements and end with zeros.
-///
-/// # Safety
-/// `len` ≤ 32 elements can be read from every pointer.
-#[inline(always)]
-unsafe fn ends<T: Element, const N: usize>(pointers: [*const T; N], len: usize) -> [[T; 32]; N] {
-    let mut ends = [[T::zeroed(); 32]; N];
-    for (end, pointer) in ends.iter_mut().zip(pointers) {
-        // SAFETY: by this function's contract.
-        unsafe { pointer.copy_to_nonoverlapping(end.as_mut_ptr(), len) };
-    }
-    ends
 }

@@ -20,15 +20,17 @@ mod x86;
 
 use std::cell::RefCell;
 
+use half::f16;
+
 pub use self::elementwise::Norm;
 pub use self::matrix::{Buffer, Matrix};
 
-use self::attention::{Attention, Cache, Scratch};
-use self::elementwise::RopeTable;
-use self::gemm::{Gemm, Output, ROW_BLOCK, Task};
-use self::matrix::Aligned;
-use self::product::{Bf16, Element, F32, Product};
-use self::simd::{Isa, round_bf16};
+use self::attention::{Attention, Cache, Layout, Scratch};
+use self::elementwise::{Add, Append, LayerNorm, RopeTable, Round};
+use self::gemm::{Gemm, Output, ROW_BLOCK, sums_len};
+use self::matrix::{Aligned, PANEL};
+use self::product::{Bf16, Cached, F32, Product, Widened};
+use self::simd::Isa;
 use self::threads::Pool;
 use super::{Backend, BackendError, Begun, ComputeType, HeadShape, StepBatch};
 use crate::checkpoint::Tensor;
@@ -40,23 +42,25 @@ pub struct CpuBackend {
     isa: Isa,
     pool: Pool,
     rope: RefCell<RopeTable>,
-    /// Activations of the current product rounded to bf16.
-    rounded: RefCell<Aligned<u16>>,
+    /// x of the current product, in its type and with padding.
+    operand: RefCell<Aligned<f32>>,
     /// (span, first token of the span) of the current attention's tasks.
     attention_tasks: RefCell<Vec<(usize, usize)>>,
 }
 
-/// Keys and values of one layer, each [pages, page_tokens, kv_heads, head_dim] with head_dim filled up to whole vectors.
-pub struct KvCache {
-    keys: Elements,
-    values: Elements,
-    page_tokens: usize,
+/// Keys and values of one layer: f16 beside bf16 products, which keeps three bits more in as much memory, else f32.
+pub struct KvCache(Stored);
+
+enum Stored {
+    F16(Pages<f16>),
+    F32(Pages<f32>),
 }
 
-/// Stored numbers in the type of the products' operands.
-enum Elements {
-    Bf16(Aligned<u16>),
-    F32(Aligned<f32>),
+/// See [`Cache`].
+struct Pages<E> {
+    keys: Aligned<E>,
+    values: Aligned<E>,
+    layout: Layout,
 }
 
 impl CpuBackend {
@@ -81,39 +85,81 @@ impl CpuBackend {
             isa,
             pool,
             rope: RefCell::default(),
-            rounded: RefCell::new(Aligned::empty()),
+            operand: RefCell::new(Aligned::empty()),
             attention_tasks: RefCell::default(),
         })
     }
 
     fn multiply(&self, rows: usize, x: &Buffer, w: &Matrix, chunks: usize, relu2: bool, out: &mut Buffer) {
+        match (self.compute, w.is_bf16) {
+            (ComputeType::Bf16, _) => self.multiply_as::<Bf16>(rows, x, w, chunks, relu2, out),
+            (ComputeType::F32, true) => self.multiply_as::<Widened>(rows, x, w, chunks, relu2, out),
+            (ComputeType::F32, false) => self.multiply_as::<F32>(rows, x, w, chunks, relu2, out),
+        }
+    }
+
+    fn multiply_as<P: Product>(
+        &self,
+        rows: usize,
+        x: &Buffer,
+        w: &Matrix,
+        chunks: usize,
+        relu2: bool,
+        out: &mut Buffer,
+    ) {
         assert!(x.width() == w.cols && out.width() == w.rows, "widths are those of the matrix");
-        let (cols, x) = (w.cols, x.rows(rows));
+        let (isa, cols, x, out_stride) = (self.isa, w.cols, x.rows(rows), out.width());
         // An odd number of cache lines from row to row, so that rows do not compete for the same sets of a cache.
-        let stride = (cols.div_ceil(32) | 1) * 32;
-        let mut rounded = self.rounded.borrow_mut();
-        let rounded = match self.compute {
-            ComputeType::F32 => &mut [],
-            ComputeType::Bf16 => rounded.at_least(rows * stride),
-        };
-        self.pool.for_chunks(rounded, stride, rows * cols, |row, rounded| {
-            for (to, from) in rounded.iter_mut().zip(&x[row * cols..][..cols]) {
-                *to = round_bf16(*from);
-            }
+        let line = 64 / size_of::<P::X>();
+        let stride = (cols.div_ceil(line) | 1) * line;
+        let mut operand = self.operand.borrow_mut();
+        let operand = operand.at_least(rows * stride * size_of::<P::X>() / size_of::<f32>());
+        let operand: &mut [P::X] = bytemuck::cast_slice_mut(operand);
+        self.pool.for_chunks(operand, stride, rows * cols, |row, operand| {
+            isa.run(Round { x: &x[row * cols..][..cols], out: operand });
         });
 
-        let (compute, isa, rounded, out_stride) = (self.compute, self.isa, &*rounded, out.width());
+        let operand = &*operand;
         let out = Output::new(out.rows_mut(rows));
-        let num_panels = w.panels.len();
-        self.pool.run(rows.div_ceil(ROW_BLOCK) * num_panels, rows * w.rows * cols, &|index| {
-            let (first_row, panel) = (index / num_panels * ROW_BLOCK, &w.panels[index % num_panels]);
+        let num_panels = w.num_panels();
+        // Panels that follow each other, so that one task's end fetches the next one's beginning.
+        let group = (num_panels / (8 * self.threads())).max(1);
+        let num_groups = num_panels.div_ceil(group);
+        self.pool.run(rows.div_ceil(ROW_BLOCK) * num_groups, rows * w.rows * cols, &|index| {
+            let (first_row, first_panel) = (index / num_groups * ROW_BLOCK, index % num_groups * group);
             let rows = ROW_BLOCK.min(rows - first_row);
-            let task = Task { first_row, rows, panel, cols, chunks, relu2, out, out_stride };
-            match (compute, panel.is_bf16) {
-                (ComputeType::Bf16, _) => isa.run(Gemm::<Bf16>::new(task, rounded, stride)),
-                (ComputeType::F32, true) => isa.run(Gemm::<F32<u16>>::new(task, x, cols)),
-                (ComputeType::F32, false) => isa.run(Gemm::<F32<f32>>::new(task, x, cols)),
-            }
+            SUMS.with_borrow_mut(|sums| {
+                for panel in first_panel..num_panels.min(first_panel + group) {
+                    isa.run(Gemm::<P> {
+                        x: &operand[first_row * stride..],
+                        x_stride: stride,
+                        rows,
+                        panel: w.panel(panel),
+                        chunks,
+                        relu2,
+                        out,
+                        first: first_row * out_stride + panel * PANEL,
+                        out_stride,
+                        sums: sums.at_least(sums_len(rows, chunks)),
+                    });
+                }
+            });
+        });
+    }
+
+    fn append<E: Cached>(&self, batch: &StepBatch, shape: &HeadShape, qkv: &mut Buffer, pages: &mut Pages<E>) {
+        let positions = batch.positions.iter().max().map_or(0, |position| *position as usize + 1);
+        let mut table = self.rope.borrow_mut();
+        table.grow(positions, shape);
+        let table = &*table;
+        let (isa, layout, width, num_tokens) = (self.isa, pages.layout, qkv.width(), batch.num_tokens());
+        let (keys, values) = (Output::new(pages.keys.as_mut_slice()), Output::new(pages.values.as_mut_slice()));
+        self.pool.for_chunks(qkv.rows_mut(num_tokens), width, num_tokens * width, |row, qkv| {
+            let span = &batch.spans[batch.spans.partition_point(|span| span.first_row as usize <= row) - 1];
+            let position = batch.positions[row] as usize;
+            let page_table = &batch.page_table[span.first_page as usize..][..span.num_pages as usize];
+            let (page, slot) = (page_table[position / layout.page_tokens] as usize, position % layout.page_tokens);
+            isa.run(Append { table, shape, position, qkv, layout, page, slot, keys, values });
         });
     }
 
@@ -123,14 +169,7 @@ impl CpuBackend {
         self.pool.for_chunks(out.rows_mut(rows), width, rows * width, op);
     }
 
-    fn attend<P: Product>(
-        &self,
-        batch: &StepBatch,
-        shape: &HeadShape,
-        qkv: &Buffer,
-        cache: Cache<P::W>,
-        out: &mut Buffer,
-    ) {
+    fn attend<E: Cached>(&self, batch: &StepBatch, shape: &HeadShape, qkv: &Buffer, cache: Cache<E>, out: &mut Buffer) {
         let HeadShape { heads, kv_heads, head_dim, .. } = *shape;
         let group = heads / kv_heads;
         let tokens_per_task = attention::tokens_per_task(group);
@@ -153,16 +192,14 @@ impl CpuBackend {
             let span = &batch.spans[span];
             let row = span.first_row as usize + first_token;
             SCRATCH.with_borrow_mut(|scratch| {
-                isa.run(Attention::<P> {
+                isa.run(Attention::<E> {
                     q: &qkv[row * q_stride + kv_head * group * head_dim..],
                     q_stride,
                     tokens: tokens_per_task.min(span.num_tokens as usize - first_token),
                     group,
-                    head_dim,
                     position: span.first_position as usize + first_token,
                     cache,
                     page_table: &batch.page_table[span.first_page as usize..][..span.num_pages as usize],
-                    kv_heads,
                     kv_head,
                     out,
                     first: row * out_stride + kv_head * group * head_dim,
@@ -176,6 +213,8 @@ impl CpuBackend {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
+    /// Partial sums of products.
+    static SUMS: RefCell<Aligned<f32>> = const { RefCell::new(Aligned::empty()) };
 }
 
 impl Backend for CpuBackend {
@@ -187,7 +226,7 @@ impl Backend for CpuBackend {
     type KvCache = KvCache;
 
     fn matrix(&self, tensor: &Tensor) -> Result<Matrix, BackendError> {
-        Matrix::new(tensor, self.compute)
+        Matrix::new(tensor, self.compute, self.isa, &self.pool)
     }
 
     fn norm(&self, gamma: &Tensor, beta: &Tensor) -> Result<Norm, BackendError> {
@@ -204,14 +243,11 @@ impl Backend for CpuBackend {
     }
 
     fn kv_cache(&self, num_pages: usize, page_tokens: usize, shape: &HeadShape) -> Result<KvCache, BackendError> {
-        let len = num_pages * page_tokens * shape.kv_heads * attention::padded(shape.head_dim);
-        let elements = || {
-            Ok(match self.compute {
-                ComputeType::Bf16 => Elements::Bf16(Aligned::zeroed(len, "the KV cache")?),
-                ComputeType::F32 => Elements::F32(Aligned::zeroed(len, "the KV cache")?),
-            })
-        };
-        Ok(KvCache { keys: elements()?, values: elements()?, page_tokens })
+        let layout = Layout { page_tokens, kv_heads: shape.kv_heads, head_dim: shape.head_dim };
+        Ok(KvCache(match self.compute {
+            ComputeType::Bf16 => Stored::F16(Pages::new(num_pages, layout)?),
+            ComputeType::F32 => Stored::F32(Pages::new(num_pages, layout)?),
+        }))
     }
 
     fn begin(&self, batch: &StepBatch) -> Result<Begun, BackendError> {
@@ -239,8 +275,9 @@ impl Backend for CpuBackend {
 
     fn layer_norm(&self, rows: usize, x: &Buffer, norm: &Norm, eps: f32, out: &mut Buffer) {
         let (x, width) = (x.rows(rows), x.width());
+        let isa = self.isa;
         self.for_rows(rows, out, |row, out| {
-            elementwise::layer_norm(&x[row * width..][..width], norm, eps, out);
+            isa.run(LayerNorm { x: &x[row * width..][..width], norm, eps, out });
         });
     }
 
@@ -257,52 +294,22 @@ impl Backend for CpuBackend {
     }
 
     fn rope_append(&self, batch: &StepBatch, shape: &HeadShape, qkv: &mut Buffer, kv: &mut KvCache) {
-        let positions = batch.spans.iter().map(|span| (span.first_position + span.num_tokens) as usize).max();
-        let mut table = self.rope.borrow_mut();
-        table.grow(positions.unwrap_or(0), shape);
-        let table = &*table;
-        let HeadShape { heads, kv_heads, head_dim, .. } = *shape;
-        let width = qkv.width();
-        let rows = qkv.rows_mut(batch.num_tokens());
-        for span in &batch.spans {
-            for token in 0..span.num_tokens as usize {
-                let position = span.first_position as usize + token;
-                let row = &mut rows[(span.first_row as usize + token) * width..][..width];
-                let (qk, v) = row.split_at_mut((heads + kv_heads) * head_dim);
-                for head in qk.chunks_exact_mut(head_dim) {
-                    table.rotate(position, head);
-                }
-                let page =
-                    batch.page_table[span.first_page as usize..][..span.num_pages as usize][position / kv.page_tokens];
-                let slot = page as usize * kv.page_tokens + position % kv.page_tokens;
-                kv.keys.store(slot, head_dim, &qk[heads * head_dim..]);
-                kv.values.store(slot, head_dim, v);
-            }
+        match &mut kv.0 {
+            Stored::F16(pages) => self.append(batch, shape, qkv, pages),
+            Stored::F32(pages) => self.append(batch, shape, qkv, pages),
         }
     }
 
     fn attention(&self, batch: &StepBatch, shape: &HeadShape, qkv: &Buffer, kv: &KvCache, out: &mut Buffer) {
-        let page_tokens = kv.page_tokens;
-        match (&kv.keys, &kv.values) {
-            (Elements::Bf16(keys), Elements::Bf16(values)) => {
-                let cache = Cache { keys: keys.as_slice(), values: values.as_slice(), page_tokens };
-                self.attend::<F32<u16>>(batch, shape, qkv, cache, out);
-            }
-            (Elements::F32(keys), Elements::F32(values)) => {
-                let cache = Cache { keys: keys.as_slice(), values: values.as_slice(), page_tokens };
-                self.attend::<F32<f32>>(batch, shape, qkv, cache, out);
-            }
-            _ => unreachable!("keys and values are made alike"),
+        match &kv.0 {
+            Stored::F16(pages) => self.attend(batch, shape, qkv, pages.cache(), out),
+            Stored::F32(pages) => self.attend(batch, shape, qkv, pages.cache(), out),
         }
     }
 
     fn add(&self, rows: usize, x: &mut Buffer, y: &Buffer) {
-        let (y, width) = (y.rows(rows), y.width());
-        self.for_rows(rows, x, |row, x| {
-            for (x, y) in x.iter_mut().zip(&y[row * width..][..width]) {
-                *x += y;
-            }
-        });
+        let (isa, y, width) = (self.isa, y.rows(rows), y.width());
+        self.for_rows(rows, x, |row, x| isa.run(Add { x, y: &y[row * width..][..width] }));
     }
 
     fn gather_rows(&self, x: &Buffer, indices: &[u32], out: &mut Buffer) {
@@ -322,22 +329,16 @@ impl Backend for CpuBackend {
     }
 }
 
-impl Elements {
-    /// Stores the heads of one token.
-    fn store(&mut self, slot: usize, head_dim: usize, heads: &[f32]) {
-        fn copy<T: Element>(to: &mut [T], slot: usize, head_dim: usize, heads: &[f32]) {
-            let padded = attention::padded(head_dim);
-            let num_heads = heads.len() / head_dim;
-            let to = &mut to[slot * num_heads * padded..][..num_heads * padded];
-            for (to, from) in to.chunks_exact_mut(padded).zip(heads.chunks_exact(head_dim)) {
-                for (to, from) in to.iter_mut().zip(from) {
-                    *to = T::from_f32(*from);
-                }
-            }
-        }
-        match self {
-            Self::Bf16(to) => copy(to.as_mut_slice(), slot, head_dim, heads),
-            Self::F32(to) => copy(to.as_mut_slice(), slot, head_dim, heads),
-        }
+impl<E: Cached> Pages<E> {
+    fn new(num_pages: usize, layout: Layout) -> Result<Self, BackendError> {
+        Ok(Self {
+            keys: Aligned::zeroed(num_pages * layout.keys_of_page(), "the KV cache")?,
+            values: Aligned::zeroed(num_pages * layout.values_of_page(), "the KV cache")?,
+            layout,
+        })
+    }
+
+    fn cache(&self) -> Cache<'_, E> {
+        Cache { keys: self.keys.as_slice(), values: self.values.as_slice(), layout: self.layout }
     }
 }

@@ -4,6 +4,8 @@
 //! products are fused multiply-adds and all sums have one order, so the sets differ in speed only. The exception is numbers below
 //! 2⁻¹²⁶: the bf16 dot product of AVX-512 takes and returns them as zero, the others compute with them.
 
+use half::f16;
+
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 
@@ -12,7 +14,7 @@ use super::x86;
 /// # Safety
 /// Callers make sure that the CPU has the instruction set and that pointers are valid for that many elements.
 pub(super) trait Simd: Copy {
-    /// There are 32 registers that hold 16 lanes each, so that a 4 × 6 tile of sums fits.
+    /// There are 32 registers that hold 16 lanes each, so that 24 sums fit.
     const WIDE: bool;
     /// 16 f32 lanes.
     type F32: Copy;
@@ -21,19 +23,34 @@ pub(super) trait Simd: Copy {
 
     unsafe fn splat(value: f32) -> Self::F32;
     unsafe fn load(from: *const f32) -> Self::F32;
-    /// 16 bf16 widened.
-    unsafe fn load_bf16(from: *const u16) -> Self::F32;
+    /// 16 f16 widened.
+    unsafe fn load_f16(from: *const f16) -> Self::F32;
     unsafe fn store(to: *mut f32, value: Self::F32);
     unsafe fn mul(a: Self::F32, b: Self::F32) -> Self::F32;
+    /// a where it is above b, else b.
+    unsafe fn max(a: Self::F32, b: Self::F32) -> Self::F32;
     /// a · b + c, rounded once.
     unsafe fn mul_add(a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
-    /// The sum over lanes: 16 to 8 to 4 to 2 to 1, upper half added to lower.
-    unsafe fn sum(value: Self::F32) -> f32;
 
     unsafe fn load_pairs(from: *const u16) -> Self::Pairs;
+    /// The pair of bf16 at `from` in every lane.
+    unsafe fn splat_pair(from: *const u16) -> Self::Pairs;
+    /// The even elements and the odd ones, widened.
+    unsafe fn widen_pairs(pairs: Self::Pairs) -> [Self::F32; 2];
     /// Adds the product of the odd elements and then that of the even ones to each lane of `c`, rounding after each: the order of
     /// `vdpbf16ps`. A product of two bf16 is exact in f32.
     unsafe fn dot_pairs(a: Self::Pairs, b: Self::Pairs, c: Self::F32) -> Self::F32;
+
+    /// Writes column i of the 16 × 16 words at `rows` to `to + 32 · i`.
+    #[inline(always)]
+    unsafe fn transpose(rows: [*const u32; 16], to: *mut u32) {
+        for i in 0..16 {
+            for (j, row) in rows.into_iter().enumerate() {
+                // SAFETY: by this method's contract; a file's words need not be aligned.
+                unsafe { to.add(32 * i + j).write(row.add(i).read_unaligned()) }
+            }
+        }
+    }
 
     /// Runs `kernel` as a function of its own, compiled for this instruction set. For the hottest loops: the compiler finds registers for
     /// all their sums only if nothing else is around.
@@ -74,7 +91,7 @@ impl Isa {
             if avx512 {
                 available.push(Self::Avx512);
             }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
                 available.push(Self::Avx2);
             }
         }
@@ -120,9 +137,9 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn load_bf16(from: *const u16) -> [f32; 16] {
+    unsafe fn load_f16(from: *const f16) -> [f32; 16] {
         // SAFETY: valid for 16 elements.
-        unsafe { from.cast::<[u16; 16]>().read_unaligned() }.map(widen_bf16)
+        unsafe { from.cast::<[f16; 16]>().read_unaligned() }.map(f16::to_f32)
     }
 
     #[inline(always)]
@@ -137,24 +154,31 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn mul_add(a: [f32; 16], b: [f32; 16], c: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    unsafe fn max(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }
 
     #[inline(always)]
-    unsafe fn sum(mut value: [f32; 16]) -> f32 {
-        for half in [8, 4, 2, 1] {
-            for i in 0..half {
-                value[i] += value[i + half];
-            }
-        }
-        value[0]
+    unsafe fn mul_add(a: [f32; 16], b: [f32; 16], c: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }
 
     #[inline(always)]
     unsafe fn load_pairs(from: *const u16) -> [u16; 32] {
         // SAFETY: valid for 32 elements.
         unsafe { from.cast::<[u16; 32]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_pair(from: *const u16) -> [u16; 32] {
+        // SAFETY: valid for two elements.
+        let pair = unsafe { from.cast::<[u16; 2]>().read_unaligned() };
+        std::array::from_fn(|i| pair[i % 2])
+    }
+
+    #[inline(always)]
+    unsafe fn widen_pairs(pairs: [u16; 32]) -> [[f32; 16]; 2] {
+        [0, 1].map(|odd| std::array::from_fn(|i| widen_bf16(pairs[2 * i + odd])))
     }
 
     #[inline(always)]

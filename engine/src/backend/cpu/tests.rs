@@ -161,8 +161,8 @@ fn relu2_squares_what_is_positive() {
 #[test]
 fn chunks_are_added_as_ranks_that_hold_column_slices_add_them() {
     let rng = &mut StdRng::seed_from_u64(4);
-    // Chunks of 41 columns: none ends on a whole vector.
-    let (rows, columns, cols) = (5, 20, 8 * 41);
+    // Chunks of 42 columns: none ends on a whole vector.
+    let (rows, columns, cols) = (5, 20, 8 * 42);
     for compute in COMPUTE_TYPES {
         for isa in Isa::available() {
             let backend = backend(compute, isa);

@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::*;
 
+use half::f16;
+
 use super::simd::{Kernel, Simd};
 
 /// AVX-512 with the bf16 dot product.
@@ -56,12 +58,9 @@ macro_rules! avx512_lanes {
         }
 
         #[inline(always)]
-        unsafe fn load_bf16(from: *const u16) -> __m512 {
+        unsafe fn load_f16(from: *const f16) -> __m512 {
             // SAFETY: as above; valid for 16 elements, 32 bytes.
-            unsafe {
-                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
-            }
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
         }
 
         #[inline(always)]
@@ -77,21 +76,44 @@ macro_rules! avx512_lanes {
         }
 
         #[inline(always)]
+        unsafe fn max(a: __m512, b: __m512) -> __m512 {
+            // SAFETY: as above.
+            unsafe { _mm512_max_ps(a, b) }
+        }
+
+        #[inline(always)]
         unsafe fn mul_add(a: __m512, b: __m512, c: __m512) -> __m512 {
             // SAFETY: as above.
             unsafe { _mm512_fmadd_ps(a, b, c) }
         }
 
         #[inline(always)]
-        unsafe fn sum(value: __m512) -> f32 {
-            // SAFETY: as above.
-            unsafe { sum8(_mm256_add_ps(_mm512_castps512_ps256(value), _mm512_extractf32x8_ps::<1>(value))) }
-        }
-
-        #[inline(always)]
         unsafe fn load_pairs(from: *const u16) -> __m512i {
             // SAFETY: as above; valid for 32 elements, 64 bytes.
             unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn splat_pair(from: *const u16) -> __m512i {
+            // SAFETY: as above; valid for two elements.
+            unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+        }
+
+        #[inline(always)]
+        unsafe fn widen_pairs(pairs: __m512i) -> [__m512; 2] {
+            // SAFETY: as above.
+            unsafe {
+                [
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)),
+                    _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(ODD))),
+                ]
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn transpose(rows: [*const u32; 16], to: *mut u32) {
+            // SAFETY: as above; each row has 16 words, and so has each of the places 32 · i words behind `to`.
+            unsafe { transpose16(rows, to) }
         }
     };
 }
@@ -156,13 +178,9 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn load_bf16(from: *const u16) -> [__m256; 2] {
-        // SAFETY: as above; valid for 16 elements, 32 bytes.
-        unsafe {
-            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
-            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
-            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))]
-        }
+    unsafe fn load_f16(from: *const f16) -> [__m256; 2] {
+        // SAFETY: as above, with F16C; valid for 16 elements, 32 bytes.
+        unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast()))] }
     }
 
     #[inline(always)]
@@ -181,15 +199,15 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn mul_add(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+    unsafe fn max(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
         // SAFETY: as above.
-        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+        unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
     }
 
     #[inline(always)]
-    unsafe fn sum(value: [__m256; 2]) -> f32 {
+    unsafe fn mul_add(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
         // SAFETY: as above.
-        unsafe { sum8(_mm256_add_ps(value[0], value[1])) }
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
 
     #[inline(always)]
@@ -199,12 +217,29 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn splat_pair(from: *const u16) -> [__m256i; 2] {
+        // SAFETY: as above; valid for two elements.
+        unsafe { [_mm256_set1_epi32(from.cast::<i32>().read_unaligned()); 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn widen_pairs(pairs: [__m256i; 2]) -> [[__m256; 2]; 2] {
+        // SAFETY: as above.
+        unsafe {
+            [
+                pairs.map(|pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs))),
+                pairs.map(|pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(ODD)))),
+            ]
+        }
+    }
+
+    #[inline(always)]
     unsafe fn dot_pairs(a: [__m256i; 2], b: [__m256i; 2], c: [__m256; 2]) -> [__m256; 2] {
         // SAFETY: as above.
         unsafe { [dot_pairs8(a[0], b[0], c[0]), dot_pairs8(a[1], b[1], c[1])] }
     }
 
-    call!("avx2,fma");
+    call!("avx2,fma,f16c");
 }
 
 /// # Safety
@@ -227,14 +262,40 @@ unsafe fn dot_pairs8(a: __m256i, b: __m256i, c: __m256) -> __m256 {
     }
 }
 
+/// [`Simd::transpose`]: pairs of rows are interleaved by words, by double words, and by quarters of a register.
+///
 /// # Safety
-/// The CPU has AVX.
+/// The CPU has AVX-512; 16 words can be read from each row, and written to each `to + 32 · i`, i < 16.
 #[inline(always)]
-unsafe fn sum8(value: __m256) -> f32 {
+unsafe fn transpose16(rows: [*const u32; 16], to: *mut u32) {
     // SAFETY: by this function's contract.
     unsafe {
-        let four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps::<1>(value));
-        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        let mut a = [_mm512_setzero_si512(); 16];
+        for i in 0..16 {
+            a[i] = _mm512_loadu_si512(rows[i].cast());
+        }
+        let mut b = a;
+        for i in (0..16).step_by(2) {
+            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+        }
+        // a[4 g + c]: word c of each quarter, of rows 4 g .. 4 g + 4.
+        for g in (0..16).step_by(4) {
+            a[g] = _mm512_unpacklo_epi64(b[g], b[g + 2]);
+            a[g + 1] = _mm512_unpackhi_epi64(b[g], b[g + 2]);
+            a[g + 2] = _mm512_unpacklo_epi64(b[g + 1], b[g + 3]);
+            a[g + 3] = _mm512_unpackhi_epi64(b[g + 1], b[g + 3]);
+        }
+        for c in 0..4 {
+            let low = _mm512_shuffle_i32x4::<0x88>(a[c], a[4 + c]);
+            let high = _mm512_shuffle_i32x4::<0xdd>(a[c], a[4 + c]);
+            let low2 = _mm512_shuffle_i32x4::<0x88>(a[8 + c], a[12 + c]);
+            let high2 = _mm512_shuffle_i32x4::<0xdd>(a[8 + c], a[12 + c]);
+            // low: quarters 0 and 2 of the first eight rows, high: 1 and 3; low2 and high2 of the last eight.
+            _mm512_storeu_si512(to.add(32 * c).cast(), _mm512_shuffle_i32x4::<0x88>(low, low2));
+            _mm512_storeu_si512(to.add(32 * (4 + c)).cast(), _mm512_shuffle_i32x4::<0x88>(high, high2));
+            _mm512_storeu_si512(to.add(32 * (8 + c)).cast(), _mm512_shuffle_i32x4::<0xdd>(low, low2));
+            _mm512_storeu_si512(to.add(32 * (12 + c)).cast(), _mm512_shuffle_i32x4::<0xdd>(high, high2));
+        }
     }
 }
