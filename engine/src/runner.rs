@@ -32,6 +32,8 @@ struct SlotState {
     prompt_len: u32,
     /// Positions whose keys and values are in the cache.
     len: u32,
+    /// Prompt positions that the sampler knows and whose log-probabilities, if they are wanted, were reported.
+    observed: u32,
     sampler: SamplerState,
 }
 
@@ -68,11 +70,23 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
     /// # Errors
     /// A peer was lost, or the plan contradicts what this rank knows.
     pub fn execute(&mut self, plan: &StepPlan, result: &mut StepResult) -> Result<(), EngineError> {
+        for slot in &plan.preempted {
+            if let Some(state) = self.slot_mut(*slot)? {
+                state.pages.clear();
+                state.len = 0;
+            }
+        }
         for slot in &plan.released {
             *self.slot_mut(*slot)? = None;
         }
         for admission in &plan.admitted {
             self.admit(admission)?;
+        }
+        for (slot, page) in &plan.pages {
+            match self.slot_mut(*slot)? {
+                Some(state) => state.pages.push(*page),
+                None => return Err(EngineError::Desync(format!("slot {slot} gets a page and holds no sequence"))),
+            }
         }
         self.prepare(plan, result)?;
         self.model.forward(&self.batch)?;
@@ -88,17 +102,16 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
     }
 
     fn admit(&mut self, admission: &Admission) -> Result<(), EngineError> {
-        let Admission { slot, pages, prompt_len, sampling, min_new_tokens, eos_ids, logprobs } = admission;
+        let Admission { slot, prompt_len, max_pages, cached, sampling, min_new_tokens, eos_ids, logprobs } = admission;
         let state = self.slot_mut(*slot)?;
         if state.is_some() {
             return Err(EngineError::Desync(format!("slot {slot} was given away twice")));
         }
-        *state = Some(SlotState {
-            pages: pages.clone(),
-            prompt_len: *prompt_len,
-            len: 0,
-            sampler: SamplerState::new(sampling.clone(), *min_new_tokens, eos_ids.clone(), *logprobs),
-        });
+        let mut sampler = SamplerState::new(sampling.clone(), *min_new_tokens, eos_ids.clone(), *logprobs);
+        sampler.observe_prompt(cached);
+        let len = cached.len() as u32;
+        let pages = Vec::with_capacity(*max_pages as usize);
+        *state = Some(SlotState { pages, prompt_len: *prompt_len, len, observed: len, sampler });
         Ok(())
     }
 
@@ -140,19 +153,24 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
                 }
                 let first_row = batch.push(first_position, tokens, &state.pages);
                 let end = first_position + tokens.len() as u32;
-                if is_prompt {
-                    state.sampler.observe_prompt(tokens);
+                // What was computed before is not observed a second time.
+                let first_new = state.observed.max(first_position);
+                if is_prompt && first_new < end {
+                    let new = &tokens[(first_new - first_position) as usize..];
+                    state.sampler.observe_prompt(new);
                     if state.sampler.logprobs.prompt {
-                        let next = tokens.iter().skip(1).copied().chain(work.next_prompt_token);
-                        wanted.extend((first_row..).zip(next).map(|(row, next)| Wanted {
+                        let next = new.iter().skip(1).copied().chain(work.next_prompt_token);
+                        let rows = first_row + first_new - first_position..;
+                        wanted.extend(rows.zip(next).map(|(row, next)| Wanted {
                             row,
                             result: index as u32,
                             next: Some(next),
                             needs_logits: true,
                         }));
                     }
+                    state.observed = end;
                 }
-                if end >= state.prompt_len && end == work.first_position + work.num_tokens {
+                if work.samples && end == work.first_position + work.num_tokens {
                     wanted.push(Wanted {
                         row: first_row + tokens.len() as u32 - 1,
                         result: index as u32,

@@ -183,14 +183,22 @@ pub fn logprobs(spec: LogprobSpec, token: u32, logits: &[f32]) -> Logprobs {
 
 /// The lowest id among those with the largest logit, and that logit.
 fn argmax(logits: &[f32]) -> Result<(u32, f32), NotFinite> {
-    let (mut best, mut max, mut sane) = (0, f32::NEG_INFINITY, true);
-    for (id, logit) in logits.iter().enumerate() {
-        sane &= *logit < f32::INFINITY;
-        if *logit > max {
-            (best, max) = (id as u32, *logit);
+    // By lanes, so that it is done in vectors.
+    let (chunks, rest) = logits.as_chunks::<16>();
+    let (mut lanes, mut sane) = ([f32::NEG_INFINITY; 16], true);
+    for chunk in chunks {
+        for i in 0..16 {
+            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
+            sane &= chunk[i] < f32::INFINITY;
         }
     }
-    if sane && max.is_finite() { Ok((best, max)) } else { Err(NotFinite) }
+    let mut max = f32::NEG_INFINITY;
+    for logit in lanes.iter().chain(rest) {
+        max = if *logit > max { *logit } else { max };
+        sane &= *logit < f32::INFINITY;
+    }
+    let best = logits.iter().position(|logit| *logit == max);
+    best.filter(|_| sane && max.is_finite()).map(|best| (best as u32, max)).ok_or(NotFinite)
 }
 
 /// `logits` are shifted by `-shift` from their scaled values; the sign that the repetition penalty asks about is the unshifted one's.

@@ -1,9 +1,10 @@
-//! Who runs next. Continuous batching: every step takes one token of each running row first, then fills what is left of the
-//! token budget with chunks of prompts, then admits waiting rows: of each group the next in turn, so that a request of many rows does not keep
-//! a request of one waiting, and within a group in the order they came.
+//! Who runs next. Continuous batching: every step takes one token of each running row first, then adds chunks of prompts, smaller ones while rows
+//! decode, so that a long prompt does not hold them up, then admits waiting rows: of each group the next in turn, so that a request of many
+//! rows does not keep a request of one waiting, and within a group in the order they came.
 //!
 //! Rows are bound to one of `pp` micro-batches for life; while a micro-batch is in flight the next one is planned, so all stages have work.
-//! A row is admitted when pages for every position that it can reach are free, so that a running row never has to stop for memory.
+//! A row gets pages as it grows. When none is left, the row of the micro-batch that came last gives up its own and is computed again when there
+//! is room, before any other row is admitted; as its tokens depend on nothing else, it goes on as if nothing had happened.
 
 use std::collections::VecDeque;
 
@@ -16,6 +17,9 @@ use crate::tokenizer::Tokenizer;
 
 /// Full-vocabulary log-probabilities of prompts are computed at most this many values at a time.
 const FULL_LOGPROB_VALUES: usize = 4 << 20;
+
+/// While rows decode, prompts get this share of a step's tokens: what the step then takes longer is what those rows wait.
+pub const PROMPT_SHARE_BESIDE_DECODES: usize = 8;
 
 /// Rank 0's queue and running rows. No tensor, no device, no I/O.
 pub struct Scheduler {
@@ -32,6 +36,10 @@ pub struct Scheduler {
     micro_batches: Vec<Vec<Slot>>,
     /// Slots whose end the ranks have not been told of.
     released: Vec<Slot>,
+    /// Slots whose pages were taken away, which the ranks have not been told of.
+    preempted: Vec<Slot>,
+    /// Rows that wait to be computed again.
+    num_paused: usize,
 }
 
 impl Scheduler {
@@ -46,6 +54,8 @@ impl Scheduler {
             free_slots: (0..limits.max_sequences as Slot).rev().collect(),
             micro_batches: vec![Vec::with_capacity(limits.max_sequences); num_micro_batches],
             released: Vec::new(),
+            preempted: Vec::new(),
+            num_paused: 0,
         }
     }
 
@@ -84,31 +94,41 @@ impl Scheduler {
         plan.clear();
         let cancelled = self.drop_cancelled(micro_batch);
         let mut budget = self.limits.max_step_tokens;
-        for prompts in [false, true] {
-            for index in 0..self.micro_batches[micro_batch].len() {
-                let slot = self.micro_batches[micro_batch][index];
-                if let Some(sequence) = &mut self.running[slot as usize]
-                    && sequence.is_prefilled() != prompts
-                    && !sequence.is_backlogged()
-                {
-                    budget -= schedule(sequence, budget, self.vocab_size, plan);
-                }
+        for index in 0..self.micro_batches[micro_batch].len() {
+            if self.is_next(micro_batch, index, true) {
+                budget -= self.schedule(micro_batch, index, budget, plan);
+            }
+        }
+        if !plan.is_empty() {
+            budget = budget.min((self.limits.max_step_tokens / PROMPT_SHARE_BESIDE_DECODES).max(1));
+        }
+        for index in 0..self.micro_batches[micro_batch].len() {
+            if self.is_next(micro_batch, index, false) {
+                budget -= self.schedule(micro_batch, index, budget, plan);
             }
         }
         self.admit(micro_batch, budget, plan);
         if !plan.is_empty() {
             plan.released.append(&mut self.released);
+            plan.preempted.append(&mut self.preempted);
         }
         cancelled
+    }
+
+    fn is_next(&self, micro_batch: usize, index: usize, decoding: bool) -> bool {
+        let slot = self.micro_batches[micro_batch][index];
+        let sequence = self.running[slot as usize].as_ref();
+        sequence.is_some_and(|sequence| sequence.is_decoding() == decoding && !sequence.is_backlogged())
     }
 
     fn admit(&mut self, micro_batch: usize, mut budget: usize, plan: &mut StepPlan) {
         let total = self.num_running() + self.num_waiting();
         let share = total.div_ceil(self.micro_batches.len());
         while budget > 0
+            && self.num_paused == 0
             && self.micro_batches[micro_batch].len() < share
             && let Some(first) = self.waiting.front().and_then(VecDeque::front)
-            && self.pool.can_allocate(first.max_len())
+            && self.has_room(first.request.prompt.len())
             && let Some(slot) = self.free_slots.pop()
         {
             let mut group = self.waiting.pop_front().expect("the front was looked at");
@@ -117,21 +137,108 @@ impl Scheduler {
                 self.waiting.push_back(group);
             }
             sequence.slot = slot;
-            self.pool.allocate(sequence.max_len(), &mut sequence.pages);
             sequence.prepare_stops(&self.tokenizer);
+            let max_pages = self.pool.pages_for(sequence.max_len());
+            sequence.pages.reserve(max_pages);
+            sequence.generated.reserve(sequence.request.stopping.max_new_tokens as usize);
             let request = &sequence.request;
+            if !request.logprobs.prompt {
+                // The last token is computed in any case: what follows it is wanted.
+                let beginning = &request.prompt[..request.prompt.len() - 1];
+                sequence.content = self.pool.share(beginning, &mut sequence.pages);
+                sequence.num_remembered = sequence.pages.len();
+                sequence.num_cached = sequence.pages.len() * self.pool.page_tokens();
+            }
             plan.admitted.push(Admission {
                 slot,
-                pages: sequence.pages.clone(),
                 prompt_len: request.prompt.len() as u32,
+                max_pages: max_pages as u32,
+                cached: request.prompt[..sequence.num_cached].to_vec(),
                 sampling: request.sampling.clone(),
                 min_new_tokens: request.stopping.min_new_tokens,
                 eos_ids: request.stopping.eos_ids.clone(),
                 logprobs: request.logprobs,
             });
-            budget -= schedule(&mut sequence, budget, self.vocab_size, plan);
+            plan.pages.extend(sequence.pages.iter().map(|page| (slot, *page)));
             self.running[slot as usize] = Some(sequence);
-            self.micro_batches[micro_batch].push(slot);
+            let rows = &mut self.micro_batches[micro_batch];
+            rows.push(slot);
+            let index = rows.len() - 1;
+            budget -= self.schedule(micro_batch, index, budget, plan);
+        }
+    }
+
+    /// Adds the next token of a row, or the next chunk of those that are not in the cache, to the plan; returns the number of tokens: 0 if the budget is
+    /// used up, or if there are no pages.
+    fn schedule(&mut self, micro_batch: usize, index: usize, budget: usize, plan: &mut StepPlan) -> usize {
+        let slot = self.micro_batches[micro_batch][index];
+        let Some(sequence) = &mut self.running[slot as usize] else { return 0 };
+        remember_prompt(sequence, &mut self.pool);
+        let (first, len, request) = (sequence.num_cached, sequence.num_known(), &sequence.request);
+        let is_paused = sequence.pages.is_empty() && plan.admitted.iter().all(|admission| admission.slot != slot);
+        let mut num_tokens = budget.min(len - first);
+        if request.logprobs.prompt && request.logprobs.full {
+            num_tokens = num_tokens.min((FULL_LOGPROB_VALUES / self.vocab_size).max(1));
+        }
+        // A row that was stopped for want of pages goes on when there are enough for all it had.
+        if num_tokens == 0 || is_paused && !self.has_room(len) {
+            return 0;
+        }
+        let wanted = self.pool.pages_for(first + num_tokens);
+        while let Some(sequence) = &self.running[slot as usize]
+            && self.pool.num_free() < wanted - sequence.pages.len()
+        {
+            let last = self.last_with_pages(micro_batch, plan);
+            let Some(last) = last.filter(|last| *last >= index) else { return 0 };
+            self.preempt(micro_batch, last);
+            if last == index {
+                return 0;
+            }
+        }
+        let Some(sequence) = &mut self.running[slot as usize] else { return 0 };
+        while sequence.pages.len() < wanted
+            && let Some(page) = self.pool.allocate()
+        {
+            sequence.pages.push(page);
+            plan.pages.push((slot, page));
+        }
+        self.num_paused -= usize::from(is_paused);
+        sequence.copy_tokens(first..first + num_tokens, &mut plan.tokens);
+        sequence.num_cached += num_tokens;
+        plan.work.push(Work {
+            slot,
+            first_position: first as u32,
+            num_tokens: num_tokens as u32,
+            samples: first + num_tokens == len,
+            next_prompt_token: sequence.request.prompt.get(first + num_tokens).copied(),
+        });
+        num_tokens
+    }
+
+    /// Whether a row of `len` tokens can begin, generate one, and leave a page for each of those that run to grow.
+    fn has_room(&self, len: usize) -> bool {
+        let wanted = self.pool.pages_for(len + 1) + self.num_running() - self.num_paused;
+        self.pool.num_free() >= wanted.min(self.pool.num_pages())
+    }
+
+    /// Index of the row that came last among those of a micro-batch that hold pages and have no part in the plan.
+    fn last_with_pages(&self, micro_batch: usize, plan: &StepPlan) -> Option<usize> {
+        self.micro_batches[micro_batch].iter().rposition(|slot| {
+            let sequence = self.running[*slot as usize].as_ref();
+            sequence.is_some_and(|sequence| !sequence.pages.is_empty())
+                && plan.work.iter().all(|work| work.slot != *slot)
+                && plan.admitted.iter().all(|admission| admission.slot != *slot)
+        })
+    }
+
+    /// Takes a row's pages away.
+    fn preempt(&mut self, micro_batch: usize, index: usize) {
+        let slot = self.micro_batches[micro_batch][index];
+        if let Some(sequence) = &mut self.running[slot as usize] {
+            self.pool.release(&mut sequence.pages);
+            (sequence.num_cached, sequence.num_remembered, sequence.content) = (0, 0, 0);
+            self.preempted.push(slot);
+            self.num_paused += 1;
         }
     }
 
@@ -182,6 +289,8 @@ impl Scheduler {
 
     fn release(&mut self, slot: Slot) {
         if let Some(mut sequence) = self.running[slot as usize].take() {
+            self.num_paused -= usize::from(sequence.pages.is_empty());
+            remember_prompt(&mut sequence, &mut self.pool);
             self.pool.release(&mut sequence.pages);
             for micro_batch in &mut self.micro_batches {
                 micro_batch.retain(|other| *other != slot);
@@ -192,33 +301,15 @@ impl Scheduler {
     }
 }
 
-/// Adds the next token, or the next chunk of the prompt, to the plan; returns the number of tokens, 0 if the budget is used up.
-fn schedule(sequence: &mut Sequence, budget: usize, vocab_size: usize, plan: &mut StepPlan) -> usize {
-    if budget == 0 {
-        return 0;
+/// Tells the pool of the prompt's pages that earlier plans have filled.
+fn remember_prompt(sequence: &mut Sequence, pool: &mut PagePool) {
+    let filled = sequence.num_cached.min(sequence.request.prompt.len()) / pool.page_tokens();
+    while sequence.num_remembered < filled {
+        let index = sequence.num_remembered;
+        let tokens = &sequence.request.prompt[index * pool.page_tokens()..][..pool.page_tokens()];
+        sequence.content = pool.remember(sequence.content, tokens, sequence.pages[index]);
+        sequence.num_remembered += 1;
     }
-    let request = &sequence.request;
-    let prompt = &request.prompt;
-    let (first_position, num_tokens) = if sequence.is_prefilled() {
-        plan.tokens.push(sequence.last_token);
-        (prompt.len() + sequence.num_generated - 1, 1)
-    } else {
-        let first = sequence.num_prefilled;
-        let mut chunk = budget.min(prompt.len() - first);
-        if request.logprobs.prompt && request.logprobs.full {
-            chunk = chunk.min((FULL_LOGPROB_VALUES / vocab_size).max(1));
-        }
-        plan.tokens.extend_from_slice(&prompt[first..first + chunk]);
-        sequence.num_prefilled += chunk;
-        (first, chunk)
-    };
-    plan.work.push(Work {
-        slot: sequence.slot,
-        first_position: first_position as u32,
-        num_tokens: num_tokens as u32,
-        next_prompt_token: prompt.get(first_position + num_tokens).copied(),
-    });
-    num_tokens
 }
 
 /// Gives a row what a step computed for it; the event that ends it, if it ends.
@@ -266,14 +357,34 @@ mod tests {
         (Sequence::new(0, group, request, sender), receiver)
     }
 
-    /// What the sampling rank would answer, given how long each slot's prompt is.
-    fn answer(plan: &StepPlan, prompts: &mut HashMap<Slot, u32>) -> StepResult {
-        prompts.extend(plan.admitted.iter().map(|admission| (admission.slot, admission.prompt_len)));
-        let rows = plan.work.iter().map(|work| {
-            let complete = work.first_position + work.num_tokens >= prompts[&work.slot];
-            RowResult { slot: work.slot, token: complete.then_some(9), ..RowResult::default() }
-        });
-        StepResult { step: plan.step, rows: rows.collect() }
+    /// The ranks, as far as the scheduler can tell: they hold each slot's pages and how much of them is filled.
+    #[derive(Default)]
+    struct Ranks(HashMap<Slot, (Vec<u32>, u32)>);
+
+    impl Ranks {
+        fn answer(&mut self, plan: &StepPlan) -> StepResult {
+            for slot in &plan.preempted {
+                self.0.insert(*slot, (Vec::new(), 0));
+            }
+            for slot in &plan.released {
+                self.0.remove(slot);
+            }
+            for admission in &plan.admitted {
+                let state = (Vec::new(), admission.cached.len() as u32);
+                assert!(self.0.insert(admission.slot, state).is_none(), "a slot was given away twice");
+            }
+            for (slot, page) in &plan.pages {
+                self.0.get_mut(slot).unwrap().0.push(*page);
+            }
+            let rows = plan.work.iter().map(|work| {
+                let (pages, len) = self.0.get_mut(&work.slot).unwrap();
+                assert_eq!(*len, work.first_position);
+                *len += work.num_tokens;
+                assert!(*len as usize <= pages.len() * LIMITS.page_tokens);
+                RowResult { slot: work.slot, token: work.samples.then_some(9), ..RowResult::default() }
+            });
+            StepResult { step: plan.step, rows: rows.collect() }
+        }
     }
 
     proptest! {
@@ -286,7 +397,7 @@ mod tests {
                 scheduler.add(sequence);
                 waiting.push((new, (!cancel).then_some(receiver)));
             }
-            let (mut plan, mut prompts, mut in_flight) = (StepPlan::default(), HashMap::new(), HashMap::new());
+            let (mut plan, mut ranks, mut in_flight) = (StepPlan::default(), Ranks::default(), HashMap::new());
             let mut ended = 0;
             for turn in 0..20_000 {
                 let micro_batch = turn % pp;
@@ -298,7 +409,7 @@ mod tests {
                 let slots: std::collections::HashSet<Slot> = plan.work.iter().map(|work| work.slot).collect();
                 prop_assert_eq!(slots.len(), plan.work.len());
                 if !plan.is_empty() {
-                    in_flight.insert(micro_batch, answer(&plan, &mut prompts));
+                    in_flight.insert(micro_batch, ranks.answer(&plan));
                 } else if scheduler.is_idle() {
                     break;
                 }
@@ -325,33 +436,58 @@ mod tests {
         let mut scheduler = scheduler(1);
         let (short, _short) = row(0, 3, 30);
         let (long, _long) = row(1, 100, 4);
-        let (mut plan, mut prompts) = (StepPlan::default(), HashMap::new());
+        let (mut plan, mut ranks) = (StepPlan::default(), Ranks::default());
         scheduler.add(short);
         scheduler.plan(0, &mut plan);
-        scheduler.complete(&mut answer(&plan, &mut prompts));
+        scheduler.complete(&mut ranks.answer(&plan));
         scheduler.add(long);
-        for _ in 0..7 {
+        for _ in 0..20 {
             scheduler.plan(0, &mut plan);
             assert_eq!(plan.work[0].num_tokens, 1, "the running row comes first");
-            assert_eq!(plan.tokens.len(), LIMITS.max_step_tokens.min(plan.tokens.len()));
-            scheduler.complete(&mut answer(&plan, &mut prompts));
+            assert_eq!(plan.tokens.len(), 1 + LIMITS.max_step_tokens / PROMPT_SHARE_BESIDE_DECODES);
+            scheduler.complete(&mut ranks.answer(&plan));
         }
-        // 15 prompt tokens beside each of its tokens: the long prompt is in after seven steps.
-        assert_eq!(scheduler.running.iter().flatten().filter(|sequence| sequence.is_prefilled()).count(), 2);
     }
 
     #[test]
-    fn rows_wait_for_pages_in_order() {
+    fn a_row_that_is_short_of_pages_takes_those_of_the_row_that_came_last() {
         let mut scheduler = scheduler(1);
-        // 25 + 25 pages do not fit 40, the third would; it still waits behind the second.
-        let rows = [row(0, 60, 40), row(1, 60, 40), row(2, 1, 1)];
-        let (mut plan, mut receivers) = (StepPlan::default(), Vec::new());
-        for (sequence, receiver) in rows {
+        // 40 pages each in the end, of which 14 are shared, and there are 40.
+        let (mut plan, mut ranks) = (StepPlan::default(), Ranks::default());
+        let mut receivers = Vec::new();
+        for group in 0..2 {
+            let (sequence, receiver) = row(group, 60, 100);
             scheduler.add(sequence);
             receivers.push(receiver);
         }
-        scheduler.plan(0, &mut plan);
-        assert_eq!((scheduler.num_running(), scheduler.num_waiting()), (1, 2));
+        let mut preempted = 0;
+        for _ in 0..1000 {
+            scheduler.plan(0, &mut plan);
+            preempted += plan.preempted.len();
+            scheduler.complete(&mut ranks.answer(&plan));
+        }
+        assert!(scheduler.is_idle() && preempted > 0);
+        for mut receiver in receivers {
+            let events: Vec<Event> = std::iter::from_fn(|| receiver.try_recv().ok()).collect();
+            assert_eq!(events.len(), 101, "100 tokens, each once, and the end");
+        }
+    }
+
+    #[test]
+    fn rows_that_begin_alike_share_the_beginning() {
+        let mut scheduler = scheduler(1);
+        let (mut plan, mut ranks) = (StepPlan::default(), Ranks::default());
+        let mut computed = Vec::new();
+        for group in 0..3 {
+            let (sequence, _receiver) = row(group, 13, 1);
+            scheduler.add(sequence);
+            scheduler.plan(0, &mut plan);
+            computed.push(plan.tokens.len());
+            scheduler.complete(&mut ranks.answer(&plan));
+        }
+        // Three pages of four are full, and the last token is always computed.
+        assert_eq!(computed, [13, 1, 1]);
+        assert_eq!(scheduler.pages_used(), 0);
     }
 
     #[test]
@@ -373,11 +509,11 @@ mod tests {
         let mut scheduler = scheduler(1);
         let (mut sequence, mut receiver) = row(0, 3, 20);
         sequence.request.logprobs.full = true;
-        let (mut plan, mut prompts) = (StepPlan::default(), HashMap::new());
+        let (mut plan, mut ranks) = (StepPlan::default(), Ranks::default());
         scheduler.add(sequence);
         for _ in 0..4 {
             scheduler.plan(0, &mut plan);
-            scheduler.complete(&mut answer(&plan, &mut prompts));
+            scheduler.complete(&mut ranks.answer(&plan));
         }
         scheduler.plan(0, &mut plan);
         assert!(plan.is_empty());

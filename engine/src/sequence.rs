@@ -1,5 +1,7 @@
 //! One row while it is generated: its tokens so far, and the rules that end it.
 
+use std::ops::Range;
+
 use tokio::sync::mpsc::Sender;
 
 use crate::request::{Event, Finish, FinishReason, Request, StopMatch, Stopping};
@@ -16,13 +18,14 @@ pub struct Sequence {
     pub group: u64,
     pub request: Request,
     events: Sender<Event>,
-    /// Prompt tokens whose keys and values are (or will be, with the plan in flight) in the cache.
-    pub num_prefilled: usize,
-    pub num_generated: usize,
-    /// The last generated token; its keys and values are not in the cache yet.
-    pub last_token: u32,
+    pub generated: Vec<u32>,
+    /// Positions whose keys and values are (or will be, with the plan in flight) in the cache: fewer again when the row was preempted.
+    pub num_cached: usize,
     pub slot: Slot,
     pub pages: Vec<u32>,
+    /// Pages of the prompt that the pool has been told of, and the content of the last one.
+    pub num_remembered: usize,
+    pub content: u64,
     stop_text: Option<StopText>,
 }
 
@@ -34,11 +37,12 @@ impl Sequence {
             group,
             request,
             events,
-            num_prefilled: 0,
-            num_generated: 0,
-            last_token: 0,
+            generated: Vec::new(),
+            num_cached: 0,
             slot: Slot::MAX,
             pages: Vec::new(),
+            num_remembered: 0,
+            content: 0,
             stop_text: None,
         }
     }
@@ -55,8 +59,26 @@ impl Sequence {
         self.request.prompt.len() + self.request.stopping.max_new_tokens as usize
     }
 
-    pub fn is_prefilled(&self) -> bool {
-        self.num_prefilled == self.request.prompt.len()
+    /// Positions whose tokens are known.
+    pub fn num_known(&self) -> usize {
+        self.request.prompt.len() + self.generated.len()
+    }
+
+    /// Whether only the last generated token is still to be computed.
+    pub fn is_decoding(&self) -> bool {
+        !self.generated.is_empty() && self.num_cached + 1 == self.num_known()
+    }
+
+    /// Appends the tokens of `positions`, which are known.
+    pub fn copy_tokens(&self, positions: Range<usize>, out: &mut Vec<u32>) {
+        let prompt = &self.request.prompt;
+        let split = prompt.len().clamp(positions.start, positions.end);
+        if positions.start < split {
+            out.extend_from_slice(&prompt[positions.start..split]);
+        }
+        if split < positions.end {
+            out.extend_from_slice(&self.generated[split - prompt.len()..positions.end - prompt.len()]);
+        }
     }
 
     /// Whether nobody waits for the row any more.
@@ -77,8 +99,7 @@ impl Sequence {
 
     /// Takes note of a generated token and says whether it ends the row.
     pub fn push(&mut self, id: u32) -> Option<Finish> {
-        self.last_token = id;
-        self.num_generated += 1;
+        self.generated.push(id);
         let stopping = &self.request.stopping;
         if stopping.eos_ids.contains(&id) || stopping.stop_ids.contains(&id) {
             return Some(Finish { reason: FinishReason::Stop, text_len: None });
@@ -88,7 +109,7 @@ impl Sequence {
         {
             return Some(Finish { reason: FinishReason::Stop, text_len });
         }
-        (self.num_generated >= stopping.max_new_tokens as usize)
+        (self.generated.len() >= stopping.max_new_tokens as usize)
             .then_some(Finish { reason: FinishReason::Length, text_len: None })
     }
 }

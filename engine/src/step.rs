@@ -1,12 +1,12 @@
 //! The messages between rank 0 and the others: one [`StepPlan`] a step to all, one [`StepResult`] back from the rank that samples.
 //!
 //! Both are sequences of little-endian u32 words with a version in front, decoded into reused memory. A plan holds deltas: what a slot is
-//! (its sampling rules, its pages) is sent once, when a sequence is admitted.
+//! (its sampling rules) is sent once, when a sequence is admitted, and each page when the slot gets it.
 
 use crate::request::{LogprobSpec, Logprobs, Sampling};
 
 /// Increased with every change of the encoding; ranks of different versions never get past the rendezvous.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Index of a running sequence's persistent state on every rank.
 pub type Slot = u32;
@@ -15,9 +15,13 @@ pub type Slot = u32;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepPlan {
     pub step: u64,
-    /// Slots whose sequences ended; their state is dropped before anything else.
+    /// Slots whose pages are taken away, before anything else; what was in them is computed again later.
+    pub preempted: Vec<Slot>,
+    /// Slots whose sequences ended; their state is dropped.
     pub released: Vec<Slot>,
     pub admitted: Vec<Admission>,
+    /// Pages that slots get behind those they have.
+    pub pages: Vec<(Slot, u32)>,
     pub work: Vec<Work>,
     /// Ids of all `work`, one after another.
     pub tokens: Vec<u32>,
@@ -27,9 +31,11 @@ pub struct StepPlan {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Admission {
     pub slot: Slot,
-    /// Pages for all positions that the sequence can reach.
-    pub pages: Vec<u32>,
     pub prompt_len: u32,
+    /// Pages for all positions that the sequence can reach.
+    pub max_pages: u32,
+    /// The prompt's beginning that is in the cache already, in the first pages that the slot gets.
+    pub cached: Vec<u32>,
     pub sampling: Sampling,
     pub min_new_tokens: u32,
     pub eos_ids: Vec<u32>,
@@ -42,6 +48,8 @@ pub struct Work {
     pub slot: Slot,
     pub first_position: u32,
     pub num_tokens: u32,
+    /// A token is sampled from the last row.
+    pub samples: bool,
     /// The id after this chunk if it is still part of the prompt, for prompt log-probabilities.
     pub next_prompt_token: Option<u32>,
 }
@@ -77,8 +85,10 @@ impl StepPlan {
     }
 
     pub fn clear(&mut self) {
+        self.preempted.clear();
         self.released.clear();
         self.admitted.clear();
+        self.pages.clear();
         self.work.clear();
         self.tokens.clear();
     }
@@ -87,13 +97,16 @@ impl StepPlan {
     pub fn encode(&self, out: &mut Vec<u8>) {
         let mut words = Writer::new(out);
         words.u64(self.step);
+        words.list(&self.preempted);
         words.list(&self.released);
         words.u32(self.admitted.len() as u32);
         for admission in &self.admitted {
-            let Admission { slot, pages, prompt_len, sampling, min_new_tokens, eos_ids, logprobs } = admission;
+            let Admission { slot, prompt_len, max_pages, cached, sampling, min_new_tokens, eos_ids, logprobs } =
+                admission;
             words.u32(*slot);
-            words.list(pages);
             words.u32(*prompt_len);
+            words.u32(*max_pages);
+            words.list(cached);
             words.u32(*min_new_tokens);
             words.list(eos_ids);
             words.u32(u32::from(sampling.greedy));
@@ -117,11 +130,17 @@ impl StepPlan {
             let flags = u32::from(logprobs.tokens) | u32::from(logprobs.prompt) << 1 | u32::from(logprobs.full) << 2;
             words.u32(flags | u32::from(logprobs.top) << 16);
         }
+        words.u32(self.pages.len() as u32);
+        for (slot, page) in &self.pages {
+            words.u32(*slot);
+            words.u32(*page);
+        }
         words.u32(self.work.len() as u32);
         for work in &self.work {
             words.u32(work.slot);
             words.u32(work.first_position);
             words.u32(work.num_tokens);
+            words.u32(u32::from(work.samples));
             words.u32(work.next_prompt_token.unwrap_or(u32::MAX));
         }
         words.list(&self.tokens);
@@ -135,11 +154,13 @@ impl StepPlan {
         let mut words = Reader::new(bytes)?;
         self.clear();
         self.step = words.u64()?;
+        words.list(&mut self.preempted)?;
         words.list(&mut self.released)?;
         for _ in 0..words.u32()? {
             let mut admission = Admission { slot: words.u32()?, ..Admission::default() };
-            words.list(&mut admission.pages)?;
             admission.prompt_len = words.u32()?;
+            admission.max_pages = words.u32()?;
+            words.list(&mut admission.cached)?;
             admission.min_new_tokens = words.u32()?;
             words.list(&mut admission.eos_ids)?;
             let sampling = &mut admission.sampling;
@@ -165,10 +186,14 @@ impl StepPlan {
             self.admitted.push(admission);
         }
         for _ in 0..words.u32()? {
+            self.pages.push((words.u32()?, words.u32()?));
+        }
+        for _ in 0..words.u32()? {
             self.work.push(Work {
                 slot: words.u32()?,
                 first_position: words.u32()?,
                 num_tokens: words.u32()?,
+                samples: words.u32()? != 0,
                 next_prompt_token: Some(words.u32()?).filter(|id| *id != u32::MAX),
             });
         }
@@ -325,11 +350,13 @@ mod tests {
     fn plan() -> StepPlan {
         StepPlan {
             step: 1 << 40,
+            preempted: vec![4],
             released: vec![3, 9],
             admitted: vec![Admission {
                 slot: 7,
-                pages: vec![5, 0, 12],
                 prompt_len: 40,
+                max_pages: 4,
+                cached: vec![11, 300],
                 sampling: Sampling {
                     greedy: false,
                     temperature: 0.7,
@@ -341,9 +368,10 @@ mod tests {
                 eos_ids: vec![3, 5],
                 logprobs: LogprobSpec { tokens: true, prompt: false, top: 5, full: true },
             }],
+            pages: vec![(7, 5), (7, 0), (1, 12)],
             work: vec![
-                Work { slot: 7, first_position: 0, num_tokens: 2, next_prompt_token: Some(11) },
-                Work { slot: 1, first_position: 99, num_tokens: 1, next_prompt_token: None },
+                Work { slot: 7, first_position: 0, num_tokens: 2, samples: false, next_prompt_token: Some(11) },
+                Work { slot: 1, first_position: 99, num_tokens: 1, samples: true, next_prompt_token: None },
             ],
             tokens: vec![10, 12, 13],
         }
@@ -384,8 +412,8 @@ mod tests {
 
     #[test]
     fn a_full_decode_step_is_small() {
-        let work = (0..256).map(|slot| Work { slot, first_position: 4000, num_tokens: 1, next_prompt_token: None });
-        let plan = StepPlan { work: work.collect(), tokens: vec![7; 256], ..StepPlan::default() };
+        let work = |slot| Work { slot, first_position: 4000, num_tokens: 1, samples: true, next_prompt_token: None };
+        let plan = StepPlan { work: (0..256).map(work).collect(), tokens: vec![7; 256], ..StepPlan::default() };
         let mut bytes = Vec::new();
         plan.encode(&mut bytes);
         assert!(bytes.len() <= 16 << 10, "{} bytes", bytes.len());
