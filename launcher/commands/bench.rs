@@ -1,5 +1,6 @@
 //! `nemotron bench`: the engine alone, without HTTP, beside the machine's own limits measured in the same run.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,6 +12,7 @@ use nemotron_engine::engine::{Engine, Row};
 use nemotron_engine::rank::{self, Device, EngineError, Limits, Rank, RankSpec};
 use nemotron_engine::report::{Phase, Reporter};
 use nemotron_engine::request::{Event, LogprobSpec, Request, RowError, Sampling, Stopping};
+use nemotron_engine::scheduler::PROMPT_SHARE_BESIDE_DECODES;
 use nix::sys::resource::{UsageWho, getrusage};
 use serde::Serialize;
 
@@ -23,6 +25,8 @@ use crate::report::{Exit, Failure, Outcome, print_json, print_line};
 /// Prompt of every row whose decoding is measured.
 const DECODE_PROMPT: u32 = 128;
 const MAX_STEP_TOKENS: usize = 512;
+/// Tokens of prompts in a step while other rows decode.
+const PROMPT_CHUNK: u32 = (MAX_STEP_TOKENS / PROMPT_SHARE_BESIDE_DECODES) as u32;
 const PAGE_TOKENS: usize = 16;
 /// The best of this many runs is taken.
 const RUNS: usize = 3;
@@ -77,8 +81,10 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
     };
     let rows = args.batches.iter().copied().max().unwrap_or(1) as usize;
     let longest_prompt = args.prompt_tokens.iter().copied().max().unwrap_or(1) as usize;
-    let row_tokens = (DECODE_PROMPT + args.new_tokens) as usize + rows * DECODE_PROMPT as usize / MAX_STEP_TOKENS + 2;
-    let kv_tokens = (rows * row_tokens.next_multiple_of(PAGE_TOKENS)).max(longest_prompt + PAGE_TOKENS);
+    // The first rows decode while the others' prompts come in; half of that on average.
+    let early_steps = rows * DECODE_PROMPT as usize / PROMPT_CHUNK as usize;
+    let row_tokens = (DECODE_PROMPT + args.new_tokens) as usize + early_steps + 2;
+    let kv_tokens = (rows * (row_tokens - early_steps / 2 + PAGE_TOKENS)).max(longest_prompt + PAGE_TOKENS);
     let limits = Limits {
         page_tokens: PAGE_TOKENS,
         num_pages: kv_tokens.div_ceil(PAGE_TOKENS),
@@ -102,7 +108,7 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
         return Err(Failure::msg(Exit::Internal, "rank 0 leads"));
     };
     let (start_to_ready_s, load_s) = (start.elapsed().as_secs_f64(), loading.elapsed().as_secs_f64());
-    let bench = Bench { engine: &engine };
+    let bench = Bench { engine: &engine, num_prompts: Cell::new(0) };
 
     let mut prefill = BTreeMap::new();
     for tokens in args.prompt_tokens.iter().copied().filter(|tokens| bench.fits(*tokens + 1)) {
@@ -157,6 +163,8 @@ fn best(mut measure: impl FnMut() -> Outcome<f64>) -> Outcome<f64> {
 
 struct Bench<'a> {
     engine: &'a Engine,
+    /// No prompt begins like an earlier one, whose keys and values may still be there.
+    num_prompts: Cell<u64>,
 }
 
 impl Bench<'_> {
@@ -165,11 +173,12 @@ impl Bench<'_> {
     }
 
     /// A row of arbitrary ids that nothing but its length ends.
-    fn submit(&self, row: u32, prompt_tokens: u32, max_new_tokens: u32) -> Outcome<Row> {
-        let ids = self.engine.info().vocab_size as u32 - 20;
-        let prompt = (0..prompt_tokens).map(|i| 20 + (row * 7919 + i * 104_729) % ids).collect();
+    fn submit(&self, prompt_tokens: u32, max_new_tokens: u32) -> Outcome<Row> {
+        let ids = self.engine.info().vocab_size as u64 - 20;
+        let prompt = self.num_prompts.replace(self.num_prompts.get() + 1);
+        let id = |i| 20 + ((prompt * 7919 + u64::from(i) * 104_729) % ids) as u32;
         let request = Request {
-            prompt,
+            prompt: (0..prompt_tokens).map(id).collect(),
             sampling: Sampling::default(),
             stopping: Stopping { max_new_tokens, ..Stopping::default() },
             logprobs: LogprobSpec::default(),
@@ -180,26 +189,24 @@ impl Bench<'_> {
     /// Tokens/s of one prompt, until its first token is there.
     fn prefill(&self, tokens: u32) -> Outcome<f64> {
         let start = Instant::now();
-        next(&mut self.submit(0, tokens, 1)?)?;
+        next(&mut self.submit(tokens, 1)?)?;
         Ok(f64::from(tokens) / start.elapsed().as_secs_f64())
     }
 
-    /// Tokens/s of `rows` rows together while all of them decode: from the last one's first token to the first one's last.
+    /// Tokens/s of `rows` rows together over `steps` steps, from the last one's first token on.
     fn decode(&self, rows: u32, steps: u32) -> Outcome<f64> {
-        // The first rows decode already while the last ones are prefilled.
-        let new_tokens = steps + rows * DECODE_PROMPT / MAX_STEP_TOKENS as u32 + 1;
-        let rows: Outcome<Vec<Row>> = (0..rows).map(|row| self.submit(row, DECODE_PROMPT, new_tokens)).collect();
+        let new_tokens = steps + rows * DECODE_PROMPT / PROMPT_CHUNK + 1;
+        let rows: Outcome<Vec<Row>> = (0..rows).map(|_| self.submit(DECODE_PROMPT, new_tokens)).collect();
         let mut rows = rows?;
         for row in &mut rows {
             next(row)?;
         }
         let (start, before) = (Instant::now(), self.engine.stats().generated_tokens);
-        while next(&mut rows[0])? {}
-        let (seconds, after) = (start.elapsed().as_secs_f64(), self.engine.stats().generated_tokens);
-        for row in &mut rows {
-            while next(row)? {}
+        let last = rows.len() - 1;
+        for _ in 0..steps {
+            next(&mut rows[last])?;
         }
-        Ok((after - before) as f64 / seconds)
+        Ok((self.engine.stats().generated_tokens - before) as f64 / start.elapsed().as_secs_f64())
     }
 }
 
