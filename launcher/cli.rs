@@ -4,6 +4,7 @@
 //! job file, the cluster file and the profile. [`command`] writes the variable and the default of those flags into their help.
 
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -349,12 +350,37 @@ pub struct GenerateArgs {
     /// File that holds the server's token; a run's own is found by itself
     #[arg(long, value_name = "FILE", env = crate::env::TOKEN_FILE)]
     pub token_file: Option<PathBuf>,
-    /// The prompt; `-` reads it from stdin
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, default_value = "-", hide_default_value = true)]
-    pub prompt: String,
-    /// Send the prompt as it is, without the chat template
+    /// A prompt; repeatable; `-` reads it from stdin [default: -]
+    #[arg(long = "prompt", value_name = "TEXT", allow_hyphen_values = true)]
+    pub prompts: Vec<String>,
+    /// Every line of stdin is a prompt of its own
+    #[arg(long)]
+    pub lines: bool,
+    /// Send prompts as they are, without a chat template
     #[arg(long)]
     pub raw: bool,
+    /// Chat template that prompts are put into: the built-in `nemotron`, or a file
+    #[arg(long, value_name = "NAME|FILE", default_value = "nemotron", conflicts_with = "raw")]
+    pub template: String,
+    /// System text of the chat template
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        default_value = "",
+        hide_default_value = true,
+        conflicts_with = "raw"
+    )]
+    pub system: String,
+    /// Show the text as it grows, one prompt after the other
+    #[arg(long, conflicts_with_all = ["json", "concurrency"])]
+    pub stream: bool,
+    /// Requests at a time when there are several prompts
+    #[arg(long, value_name = "N", default_value = "16")]
+    pub concurrency: NonZero<usize>,
+    /// One JSON object a prompt
+    #[arg(long)]
+    pub json: bool,
     /// Give up after so long (`90`, `90s`, `5m`, `2h`); waits forever when not given
     #[arg(long, value_name = "DURATION", value_parser = crate::seconds::parse, env = crate::env::TIMEOUT)]
     pub timeout: Option<Duration>,
@@ -602,12 +628,12 @@ mod tests {
         let (sampling, recipe) = (&args.sampling, JobSampling::default());
         assert_eq!(sampling.tokens_to_generate, recipe.tokens_to_generate);
         assert_eq!(sampling.end_strings(), recipe.end_strings);
-        assert!(sampling.greedy && !sampling.add_bos && args.prompt == "-");
+        assert!(sampling.greedy && !sampling.add_bos && args.prompts.is_empty());
         let line =
             "nemotron generate --greedy=false --add-bos --end-string a --end-string --b --timeout 2m --prompt --x";
         let Ok(Command::Generate(args)) = parse(line) else { panic!("generate") };
         assert!(!args.sampling.greedy && args.sampling.add_bos);
         assert_eq!(args.sampling.end_strings(), ["a", "--b"]);
-        assert_eq!((args.timeout, args.prompt.as_str()), (Some(Duration::from_secs(120)), "--x"));
+        assert_eq!((args.timeout, args.prompts.as_slice()), (Some(Duration::from_secs(120)), &["--x".to_owned()][..]));
     }
 }

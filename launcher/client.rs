@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use reqwest::StatusCode;
-use serde::Serialize;
-use serde_json::Value;
+use futures_util::{StreamExt as _, stream};
+use reqwest::{Method, RequestBuilder, StatusCode};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use crate::report::{Exit, Failure, Outcome};
@@ -51,22 +52,84 @@ impl Client {
         Ok(Self { url, token, http, runtime: runtime.context("cannot start the HTTP client")? })
     }
 
-    /// Each prompt with its completion.
+    /// Sends requests of one prompt each, `concurrency` at a time, and gives `take` the answers in the order of the requests, until it wants no more.
     ///
     /// # Errors
-    /// Nobody answers there, or the server refuses the request; with the server's own words.
-    pub(crate) fn generate(&self, request: &GenerateRequest) -> Outcome<Vec<String>> {
-        let body = serde_json::to_vec(request).context("cannot write the request")?;
-        let mut put = self.http.put(format!("{}/generate", self.url)).header("content-type", "application/json");
-        if let Some(token) = &self.token {
-            put = put.bearer_auth(token);
-        }
-        let answer = self.runtime.block_on(async {
-            let response = put.body(body).send().await?;
+    /// Nobody answers there, or the server refuses a request, with the server's own words; or `take` failed.
+    pub(crate) fn generate(
+        &self,
+        requests: impl Iterator<Item = GenerateRequest>,
+        concurrency: usize,
+        mut take: impl FnMut(Generated) -> Outcome<bool>,
+    ) -> Outcome {
+        self.runtime.block_on(async {
+            let mut answers = stream::iter(requests).map(|request| self.ask(request)).buffered(concurrency);
+            while let Some(answer) = answers.next().await {
+                if !take(answer?)? {
+                    break;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    async fn ask(&self, request: GenerateRequest) -> Outcome<Generated> {
+        let answer = async {
+            let response = self.request(Method::PUT, "/generate", &request).send().await?;
             Ok((response.status(), response.text().await?))
-        });
-        let (status, text) = answer.map_err(|error| self.unanswered(error))?;
-        self.sentences(status, &text)
+        };
+        let (status, text) = answer.await.map_err(|error| self.unanswered(error))?;
+        self.generated(status, &text)
+    }
+
+    /// Gives `show` the text of a completion as it grows, without prompt and end string, until it wants no more; whether it still does.
+    ///
+    /// # Errors
+    /// As those of [`Self::generate`]; or the answer ended before the text did.
+    pub(crate) fn stream(
+        &self,
+        request: &GenerateRequest,
+        mut show: impl FnMut(&str) -> Outcome<bool>,
+    ) -> Outcome<bool> {
+        let body = stream_body(request);
+        self.runtime.block_on(async {
+            let send = self.request(Method::POST, "/v1/completions", &body).send();
+            let mut response = send.await.map_err(|error| self.unanswered(error))?;
+            let status = response.status();
+            if status != StatusCode::OK {
+                let text = response.text().await.map_err(|error| self.unanswered(error))?;
+                return Err(self.refused(status, &text));
+            }
+            let mut received = Vec::new();
+            while let Some(chunk) = response.chunk().await.map_err(|error| self.unanswered(error))? {
+                received.extend_from_slice(&chunk);
+                while let Some(end) = received.windows(2).position(|two| two == b"\n\n") {
+                    let event: Vec<u8> = received.drain(..end + 2).collect();
+                    let Some(data) = event.strip_prefix(b"data: ") else { continue };
+                    if data.trim_ascii_end() == b"[DONE]" {
+                        return Ok(true);
+                    }
+                    let data: Value = serde_json::from_slice(data)
+                        .with_context(|| format!("{} does not stream as /v1/completions does", self.url))?;
+                    if let Some(message) = data.pointer("/error/message").and_then(Value::as_str) {
+                        return Err(Failure::msg(Exit::Internal, format!("{} gives up: {message}", self.url)));
+                    }
+                    let text = data.pointer("/choices/0/text").and_then(Value::as_str).unwrap_or_default();
+                    if !text.is_empty() && !show(text)? {
+                        return Ok(false);
+                    }
+                }
+            }
+            Err(Failure::msg(Exit::Internal, format!("the answer of {} ended midway", self.url)))
+        })
+    }
+
+    fn request(&self, method: Method, path: &str, body: &impl Serialize) -> RequestBuilder {
+        let mut request = self.http.request(method, format!("{}{path}", self.url)).json(body);
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token);
+        }
+        request
     }
 
     fn unanswered(&self, error: reqwest::Error) -> Failure {
@@ -86,17 +149,26 @@ impl Client {
         if unreachable { failure.hint("`nemotron status` shows what is running") } else { failure }
     }
 
-    fn sentences(&self, status: StatusCode, text: &str) -> Outcome<Vec<String>> {
+    fn generated(&self, status: StatusCode, text: &str) -> Outcome<Generated> {
+        match (status, serde_json::from_str(text)) {
+            (StatusCode::OK, Ok(body @ Value::Object(_))) => {
+                let foreign = || format!("{} does not answer as /generate does", self.url);
+                let answer: Answer = serde_json::from_value(body).with_context(foreign)?;
+                let (sentence, tokens) =
+                    answer.sentences.into_iter().zip(answer.tokens).next().with_context(foreign)?;
+                Ok(Generated { sentence, last_token: tokens.into_iter().next_back() })
+            }
+            _ => Err(self.refused(status, text)),
+        }
+    }
+
+    /// What an answer says that is none.
+    fn refused(&self, status: StatusCode, text: &str) -> Failure {
         let body: Option<Value> = serde_json::from_str(text).ok();
         match (status, body) {
             // NeMo reports an invalid request as a JSON string with status 200.
             (StatusCode::OK | StatusCode::BAD_REQUEST, Some(Value::String(error))) => {
-                Err(Failure::msg(Exit::Usage, format!("the server refuses the request: {error}")))
-            }
-            (StatusCode::OK, Some(Value::Object(mut body))) => {
-                let sentences = body.remove("sentences").unwrap_or_default();
-                let sentences = serde_json::from_value(sentences);
-                Ok(sentences.with_context(|| format!("{} does not answer as /generate does", self.url))?)
+                Failure::msg(Exit::Usage, format!("the server refuses the request: {error}"))
             }
             (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) => {
                 let text = format!(
@@ -104,25 +176,69 @@ impl Client {
                     self.url,
                     if self.token.is_some() { "this token" } else { "requests without a token" }
                 );
-                Err(Failure::msg(Exit::Usage, text).hint("--token-file names the file that holds it"))
+                Failure::msg(Exit::Usage, text).hint("--token-file names the file that holds it")
             }
             (status, body) => {
                 let message = body.as_ref().and_then(|body| body.pointer("/error/message").or(body.get("message")));
                 let message = message.and_then(Value::as_str).unwrap_or(text).trim();
                 let exit = if status.is_client_error() { Exit::Usage } else { Exit::Internal };
-                Err(Failure::msg(exit, format!("{} answers {status}: {message}", self.url)))
+                Failure::msg(exit, format!("{} answers {status}: {message}", self.url))
             }
         }
     }
 }
 
-/// What the model added to `prompt`: the prompt is cut by its length, as NeMo's clients do, and one end string at the end is cut too.
-pub(crate) fn completion(sentence: &str, prompt: &str, end_strings: &[String]) -> String {
+/// An answer of `PUT /generate`, as far as it is read.
+#[derive(Deserialize)]
+struct Answer {
+    sentences: Vec<String>,
+    tokens: Vec<Vec<String>>,
+}
+
+/// The answer to one prompt.
+pub(crate) struct Generated {
+    /// Prompt and completion.
+    sentence: String,
+    /// The piece that came last.
+    last_token: Option<String>,
+}
+
+/// The request in the words of `/v1/completions`, which streams; NeMo's names in it are extensions of our server.
+fn stream_body(request: &GenerateRequest) -> Value {
+    json!({
+        "prompt": request.sentences[0],
+        "stream": true,
+        "tokens_to_generate": request.tokens_to_generate,
+        "min_tokens_to_generate": request.min_tokens_to_generate,
+        "temperature": if request.greedy { 0.0 } else { request.temperature },
+        "top_k": request.top_k,
+        // 0 is off in NeMo's words.
+        "top_p": if request.top_p == 0.0 { 1.0 } else { request.top_p },
+        "repetition_penalty": request.repetition_penalty,
+        "add_BOS": request.add_bos,
+        "seed": request.random_seed.map(u64::cast_signed),
+        "end_strings": request.end_strings,
+    })
+}
+
+/// What the model added to a prompt.
+pub(crate) struct Completion {
+    pub(crate) text: String,
+    /// "stop" or "length".
+    pub(crate) finish_reason: &'static str,
+}
+
+/// The prompt is cut by its length, as NeMo's clients do, and one end string at the end is cut too.
+pub(crate) fn completion(answer: &Generated, prompt: &str, end_strings: &[String]) -> Completion {
+    let Generated { sentence, last_token } = answer;
     let cut = sentence.char_indices().nth(prompt.chars().count()).map_or(sentence.len(), |(at, _)| at);
     let text = sentence.strip_prefix(prompt).unwrap_or(&sentence[cut..]);
-    let ends = end_strings.iter().filter(|end| !end.is_empty() && text.ends_with(end.as_str()));
-    let end = ends.map(String::len).max().unwrap_or(0);
-    text[..text.len() - end].to_owned()
+    let end = end_strings.iter().filter(|end| text.ends_with(end.as_str())).map(String::len).max();
+    let is_stopped = end.is_some() || last_token.as_deref() == Some("</s>");
+    Completion {
+        text: text[..text.len() - end.unwrap_or(0)].to_owned(),
+        finish_reason: if is_stopped { "stop" } else { "length" },
+    }
 }
 
 #[cfg(test)]
@@ -130,19 +246,24 @@ mod tests {
     #![expect(clippy::unwrap_used, reason = "tests")]
 
     use std::io::{Read as _, Write as _};
+    use std::iter::once;
     use std::net::TcpListener;
 
     use super::*;
 
     #[test]
     fn prompt_and_one_end_string_are_cut() {
-        let ends = ["<extra_id_1>", "<extra_id_1>User", ""].map(String::from);
-        let check = |sentence, expected: &str| assert_eq!(completion(sentence, "Ω: ", &ends), expected);
-        check("Ω: a poem\n<extra_id_1>", "a poem\n");
-        check("Ω: a poem\n<extra_id_1>User", "a poem\n");
-        check("Ω: a poem", "a poem");
-        check("?: a poem", "a poem");
-        check("Ω", "");
+        let ends = ["<extra_id_1>", "<extra_id_1>User"].map(String::from);
+        let check = |sentence: &str, last: &str, text: &str, reason: &str| {
+            let answer = Generated { sentence: sentence.into(), last_token: Some(last.into()) };
+            let completion = completion(&answer, "Ω: ", &ends);
+            assert_eq!((completion.text.as_str(), completion.finish_reason), (text, reason));
+        };
+        check("Ω: a poem\n<extra_id_1>", "<extra_id_1>", "a poem\n", "stop");
+        check("Ω: a poem\n<extra_id_1>User", "User", "a poem\n", "stop");
+        check("Ω: a poem", "poem", "a poem", "length");
+        check("?: a poem", "</s>", "a poem", "stop");
+        check("Ω", "Ω", "", "length");
     }
 
     /// The failure for an answer of a server.
@@ -154,7 +275,7 @@ mod tests {
             _ = stream.read(&mut [0; 4096]).unwrap();
             stream.write_all(answer.as_bytes()).unwrap();
         });
-        let failure = Client::new(&url, None, None).unwrap().generate(&request()).unwrap_err();
+        let failure = Client::new(&url, None, None).unwrap().generate(once(request()), 1, |_| Ok(true)).unwrap_err();
         server.join().unwrap();
         failure
     }
@@ -197,7 +318,7 @@ mod tests {
     #[test]
     fn what_is_no_url_is_a_usage_error() {
         for url in ["not a url", "ftp://host"] {
-            let failure = Client::new(url, None, None).unwrap().generate(&request()).unwrap_err();
+            let failure = Client::new(url, None, None).unwrap().generate(once(request()), 1, |_| Ok(true)).unwrap_err();
             assert_eq!(failure.exit, Exit::Usage, "{url}: {failure}");
         }
     }
@@ -205,7 +326,7 @@ mod tests {
     #[test]
     fn a_dead_server_is_named() {
         let url = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-        let failure = Client::new(&url, None, None).unwrap().generate(&request()).unwrap_err();
+        let failure = Client::new(&url, None, None).unwrap().generate(once(request()), 1, |_| Ok(true)).unwrap_err();
         assert_eq!(failure.exit, Exit::Internal);
         assert!(failure.to_string().contains(&format!("nothing answers at http://{url}")), "{failure}");
     }

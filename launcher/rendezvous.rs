@@ -137,6 +137,8 @@ impl RankEnd {
 pub(crate) enum Down {
     /// Everybody is here; one address per rank. `seconds_left` is the time for a job's rows: no point in time, as hosts' clocks differ.
     Peers { addresses: Vec<SocketAddr>, seconds_left: Option<f64> },
+    /// Rank 0: the steps that each rank has completed when it was heard last.
+    Steps { steps: Vec<u64> },
     /// Rank 0: take nothing more in, finish what runs, then end.
     Drain,
     /// End at once.

@@ -240,8 +240,13 @@ impl From<JobError> for Failure {
 
 /// Writes a line of data to stdout; `false` when nobody reads any more, which is no failure.
 pub fn print_line(line: impl fmt::Display) -> Outcome<bool> {
+    print(format_args!("{line}\n"))
+}
+
+/// Writes data to stdout at once; `false` when nobody reads any more.
+pub fn print(text: impl fmt::Display) -> Outcome<bool> {
     let mut stdout = io::stdout().lock();
-    match writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
+    match write!(stdout, "{text}").and_then(|()| stdout.flush()) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
         Err(error) => {

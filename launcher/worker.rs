@@ -236,6 +236,11 @@ impl Lifeline {
                         let left = seconds_left.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
                         _ = self.peers.send((addresses, left.map(|left| Instant::now() + left)));
                     }
+                    Ok(Down::Steps { steps }) => {
+                        if let Some(engine) = self.post.engine.get() {
+                            engine.set_rank_steps(steps);
+                        }
+                    }
                     Ok(Down::Drain) => _ = self.drain.send_replace(true),
                     // After the last message this process is ending, and has an error to print.
                     Ok(Down::Stop) if self.post.ended.load(Ordering::Relaxed) => {}

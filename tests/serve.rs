@@ -13,12 +13,15 @@ use reqwest::{Client, Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+mod client;
 mod conformance;
+mod connections;
 mod generate;
 mod manners;
 mod openai;
 mod python;
 mod reference;
+mod reward;
 
 /// The single-turn prompt of the recipe.
 const PROMPT: &str = "<extra_id_0>System\n\n<extra_id_1>User\nWrite a poem on NVIDIA in the style of Shakespeare\n<extra_id_1>Assistant\n";
@@ -41,11 +44,12 @@ impl Server {
     fn start_with(flags: impl FnOnce(&Path) -> Vec<String>) -> Self {
         let home = tempfile::tempdir().expect("a directory");
         let mut child = Command::new(env!("CARGO_BIN_EXE_nemotron"))
-            .args(["serve", "--port", "0"])
+            .arg("serve")
             .args(flags(home.path()))
             .current_dir(&home)
             .env("HOME", home.path())
             .env("NEMOTRON_RUN_ROOT", home.path().join("runs"))
+            .env("NEMOTRON_PORT", "0")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -177,7 +181,9 @@ async fn a_token_guards_everything_but_the_probes() {
             let response = get(path, token).await.expect("an answer");
             assert_eq!(response.status(), StatusCode::UNAUTHORIZED, "{path}");
             assert_eq!(response.headers()["www-authenticate"], "Bearer");
-            assert!(response.json::<Value>().await.expect("JSON")["message"].is_string());
+            let answer: Value = response.json().await.expect("JSON");
+            let message = if path.starts_with("/v1/") { &answer["error"]["message"] } else { &answer["message"] };
+            assert!(message.is_string(), "{path}: {answer}");
         }
     }
     assert_eq!(get("/v1/models", Some("s3cret")).await.expect("an answer").status(), StatusCode::OK);
@@ -190,10 +196,19 @@ async fn answers_carry_a_request_id_and_are_counted() {
     assert_eq!(given.headers()["x-request-id"], "abc-1");
     let made = server.request(Method::GET, "/livez").send().await.expect("an answer");
     assert_eq!(made.headers()["x-request-id"].len(), 32);
-    server.generate(json!({})).await;
+    let reply = server.generate(json!({})).await;
     server.wait_for_metric("nemotron_http_responses_total{route=\"/generate\",status=\"200\"} 1").await;
     server.wait_for_metric("nemotron_row_seconds_count 1").await;
     server.wait_for_metric("nemotron_time_between_tokens_seconds_count 7").await;
+    let run =
+        std::fs::read_dir(server.home.path().join("runs")).expect("runs").next().expect("a run").expect("its entry");
+    let log = std::fs::read_to_string(run.path().join("attempt-000/rank-000.log")).expect("rank 0's log");
+    let line = log.lines().find(|line| line.contains("/generate")).expect("the access log");
+    for part in ["127.0.0.1:", &format!("prompt_tokens={}", reply.ids(0).len() - 8), "completion_tokens=8", "200", "ms"]
+    {
+        assert!(line.contains(part), "{part} is not in {line}");
+    }
+    assert!(!log.contains("Shakespeare"), "{log}");
 }
 
 #[tokio::test]

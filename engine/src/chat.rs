@@ -62,7 +62,10 @@ pub enum ChatError {
     Noncharacters,
 }
 
-const BUILTIN: [(&str, &str); 1] = [("nemotron", include_str!("../../templates/prompts/nemotron.jinja"))];
+const BUILTIN: [(&str, &str); 2] = [
+    ("nemotron", include_str!("../../templates/prompts/nemotron.jinja")),
+    ("annotator", include_str!("../../templates/prompts/annotator.jinja")),
+];
 
 /// Name of the template within its environment. It has no extension, so nothing is escaped.
 const TEMPLATE: &str = "chat";

@@ -22,6 +22,17 @@ pub struct ModelConfig {
     pub bos_id: Option<u32>,
     /// Ids that always end a row.
     pub eos_ids: Vec<u32>,
+    /// A reward model has this head in place of the language model's.
+    #[serde(default)]
+    pub reward: Option<RewardHead>,
+}
+
+/// A linear regression over the final norm's output at the last token (NeMo-Aligner's `rm_head`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RewardHead {
+    /// Values that it gives for a text.
+    pub num_attributes: usize,
+    pub has_bias: bool,
 }
 
 impl ModelConfig {
@@ -50,6 +61,7 @@ impl ModelConfig {
             rotary_fraction: 0.5,
             bos_id: Some(2),
             eos_ids: vec![3],
+            reward: None,
         })
     }
 
@@ -119,14 +131,18 @@ impl ModelConfig {
         (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
     }
 
-    /// Every weight of the model: embedding, head, projections, and γ and β of each LayerNorm.
+    /// Every weight of the model: embedding, language or reward head, projections, and γ and β of each LayerNorm.
     pub fn num_parameters(&self) -> u64 {
         let [layers, hidden, ffn, vocab] =
             [self.num_layers, self.hidden_size, self.ffn_size, self.vocab_size].map(|size| size as u64);
         let qkv = self.qkv_size() as u64;
         let heads = (self.num_heads * self.head_dim) as u64;
         let layer = hidden * (qkv + heads + 2 * ffn + 4);
-        layers * layer + 2 * vocab * hidden + 2 * hidden
+        let head = match self.reward {
+            None => vocab * hidden,
+            Some(reward) => reward.num_attributes as u64 * (hidden + u64::from(reward.has_bias)),
+        };
+        layers * layer + vocab * hidden + head + 2 * hidden
     }
 
     /// Into how many equal parts the sums of row-parallel products are cut, whatever the mesh: the largest tensor-parallel size

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use tokio::sync::mpsc::{Receiver, channel};
@@ -87,6 +87,8 @@ struct Shared {
     active: watch::Sender<usize>,
     failed: watch::Sender<Option<Arc<EngineError>>>,
     gauges: Gauges,
+    /// See [`Engine::rank_steps`].
+    rank_steps: Mutex<Vec<u64>>,
 }
 
 #[derive(Default)]
@@ -156,6 +158,15 @@ impl Engine {
         }
     }
 
+    /// Steps that each rank has completed, as whoever watches all ranks has told last; empty before.
+    pub fn rank_steps(&self) -> Vec<u64> {
+        self.shared.rank_steps.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn set_rank_steps(&self, steps: Vec<u64>) {
+        *self.shared.rank_steps.lock().unwrap_or_else(PoisonError::into_inner) = steps;
+    }
+
     /// Refuses new rows from now on; resolves when no submitted row is left.
     pub async fn drain(&self) {
         self.shared.draining.store(true, Ordering::Release);
@@ -199,6 +210,11 @@ impl Shared {
 
 impl EngineInfo {
     fn check(&self, request: &Request) -> Result<(), RowError> {
+        match (self.config.reward.is_some(), request.logprobs.rewards) {
+            (true, false) => return Err(RowError::OnlyScores),
+            (false, true) => return Err(RowError::CannotScore),
+            _ => {}
+        }
         if request.prompt.is_empty() {
             return Err(RowError::EmptyPrompt);
         }
@@ -254,6 +270,7 @@ pub(crate) fn start_leader<B: Backend + 'static, C: Collective<B> + 'static>(
         active: watch::Sender::new(0),
         failed: watch::Sender::new(None),
         gauges,
+        rank_steps: Mutex::default(),
     });
     let leader = Leader {
         runner,

@@ -64,14 +64,16 @@ struct Layer<B: Backend> {
 
 struct Head<B: Backend> {
     norm: B::Norm,
-    /// [vocab / tp, hidden]
+    /// [vocab / tp, hidden]; of a reward model [attributes, hidden] on every rank
     matrix: B::Matrix,
+    /// [attributes] of a reward model
+    bias: Option<Vec<f32>>,
     /// [LOGIT_ROWS, hidden]
     x: B::Buffer,
     h: B::Operand,
     /// This rank's columns, [LOGIT_ROWS, vocab / tp]; with one rank the product goes straight to `logits`.
     local: Option<B::Buffer>,
-    /// [LOGIT_ROWS, vocab], complete on tensor-parallel rank 0
+    /// [LOGIT_ROWS, vocab or attributes], complete on tensor-parallel rank 0
     logits: B::Buffer,
     is_sampling: bool,
 }
@@ -129,13 +131,20 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
         Ok(head.is_sampling)
     }
 
-    /// The first `rows` rows that [`Self::compute_logits`] computed, [rows, vocab], to be changed at will.
+    /// The first `rows` rows that [`Self::compute_logits`] computed, [rows, vocab], or a reward model's values, [rows, attributes], to be
+    /// changed at will.
     ///
     /// # Errors
     /// The device failed.
     pub fn logits(&mut self, rows: usize) -> Result<&mut [f32], EngineError> {
         let head = self.head.as_mut().expect("only the last stage samples");
-        Ok(self.backend.fetch(rows, &mut head.logits)?)
+        let logits = self.backend.fetch(rows, &mut head.logits)?;
+        if let Some(bias) = &head.bias {
+            for values in logits.chunks_mut(bias.len()) {
+                values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+            }
+        }
+        Ok(logits)
     }
 
     /// Lets the device choose a token from each row of the logits; false if it leaves that to the host.
@@ -218,13 +227,24 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
         }
         let head = if is_last {
             let rows = LOGIT_ROWS;
+            let (weight, width, bias) = match config.reward {
+                None => (shard(TensorName::Head)?, config.vocab_size, None),
+                Some(reward) => {
+                    let bias = match reward.has_bias {
+                        true => shard(TensorName::RewardBias)?.to_f32(),
+                        false => vec![0.0; reward.num_attributes],
+                    };
+                    (shard(TensorName::RewardHead)?, reward.num_attributes, Some(bias))
+                }
+            };
             Some(Head {
                 norm: norm(TensorName::FinalNormGamma, TensorName::FinalNormBeta)?,
-                matrix: matrix(shard(TensorName::Head)?)?,
+                matrix: matrix(weight)?,
                 x: backend.buffer(rows, config.hidden_size)?,
                 h: backend.operand(rows, config.hidden_size)?,
-                local: if tp > 1 { Some(backend.buffer(rows, vocab)?) } else { None },
-                logits: backend.buffer(rows, config.vocab_size)?,
+                local: if tp > 1 && bias.is_none() { Some(backend.buffer(rows, vocab)?) } else { None },
+                logits: backend.buffer(rows, width)?,
+                bias,
                 is_sampling: tp_rank == 0,
             })
         } else {

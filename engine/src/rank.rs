@@ -198,13 +198,14 @@ fn while_reading<T>(
     })
 }
 
-/// Decodes two tokens across all ranks: a prompt step and a decode step have then run everywhere.
+/// Decodes two tokens across all ranks: a prompt step and a decode step have then run everywhere. A reward model scores one token.
 fn warm_up(engine: &Engine) -> Result<(), EngineError> {
+    let rewards = engine.info().config.reward.is_some();
     let request = Request {
         prompt: vec![engine.info().config.bos_id.unwrap_or(0)],
         sampling: Sampling::default(),
-        stopping: Stopping { max_new_tokens: 2, ..Stopping::default() },
-        logprobs: LogprobSpec::default(),
+        stopping: Stopping { max_new_tokens: if rewards { 1 } else { 2 }, ..Stopping::default() },
+        logprobs: LogprobSpec { rewards, ..LogprobSpec::default() },
     };
     let mut row = engine.submit(request).map_err(EngineError::Warmup)?;
     while let Some(event) = row.events.blocking_recv() {

@@ -86,12 +86,14 @@ pub struct LogprobSpec {
     pub top: u16,
     /// Of the whole vocabulary at each of those positions.
     pub full: bool,
+    /// A reward model's values for the prompt in place of all that, in [`Logprobs::full`] of a token that means nothing.
+    pub rewards: bool,
 }
 
 impl LogprobSpec {
     /// Whether anything is wanted of a generated token.
     pub fn wants_any(self) -> bool {
-        self.tokens || self.full || self.top > 0
+        self.tokens || self.full || self.top > 0 || self.rewards
     }
 }
 
@@ -126,7 +128,7 @@ pub struct Logprobs {
     pub token: f32,
     /// The most likely ids, best first (equal ones by id); empty unless asked for.
     pub top: Vec<(u32, f32)>,
-    /// `vocab_size` values; empty unless asked for.
+    /// `vocab_size` values, or a reward model's; empty unless asked for.
     pub full: Vec<f32>,
 }
 
@@ -172,6 +174,10 @@ pub enum RowError {
     TooLong { needed: usize, limit: usize },
     #[error("{needed} tokens (prompt and new ones) do not fit the KV cache of {limit}")]
     KvTooSmall { needed: usize, limit: usize },
+    #[error("this is a reward model: it scores texts and writes none")]
+    OnlyScores,
+    #[error("this model writes texts: it has no reward head to score them")]
+    CannotScore,
     #[error("the engine is shutting down")]
     ShuttingDown,
     #[error("the engine has failed: {0}")]

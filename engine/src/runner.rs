@@ -4,7 +4,7 @@ use crate::backend::{Backend, StepBatch};
 use crate::collective::Collective;
 use crate::model::{LOGIT_ROWS, Model};
 use crate::rank::EngineError;
-use crate::request::Choice;
+use crate::request::{Choice, Logprobs};
 use crate::sampler::{self, Sampler, SamplerState};
 use crate::step::{Admission, RowResult, Slot, StepPlan, StepResult};
 
@@ -220,10 +220,16 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         let logits = model.logits(group.len())?;
         let width = logits.len() / group.len();
         for (wanted, logits) in group.iter().zip(logits.chunks_mut(width)) {
-            let logits = &mut logits[..*vocab_size];
             let row = &mut result.rows[wanted.result as usize];
             let state = slots[row.slot as usize].as_mut().expect("prepare has found this slot");
             let spec = state.sampler.logprobs;
+            if spec.rewards {
+                row.not_finite = logits.iter().any(|value| !value.is_finite());
+                row.token = (!row.not_finite).then_some(0);
+                row.logprobs = Some(Box::new(Logprobs { full: logits.to_vec(), ..Logprobs::default() }));
+                continue;
+            }
+            let logits = &mut logits[..*vocab_size];
             if let Some(next) = wanted.next {
                 row.prompt.push(sampler::logprobs(spec, next, logits));
                 continue;

@@ -386,7 +386,7 @@ mod tests {
 
     #[test]
     fn logprobs_are_those_of_the_plain_softmax() {
-        let spec = LogprobSpec { tokens: true, prompt: false, top: 3, full: true };
+        let spec = LogprobSpec { tokens: true, prompt: false, top: 3, full: true, rewards: false };
         let logprobs = logprobs(spec, 4, &LOGITS);
         let total: f64 = LOGITS.iter().map(|logit| f64::from(*logit).exp()).sum();
         for (id, value) in logprobs.full.iter().enumerate() {

@@ -127,7 +127,10 @@ impl StepPlan {
                 words.u32(*id);
                 words.f32(*bias);
             }
-            let flags = u32::from(logprobs.tokens) | u32::from(logprobs.prompt) << 1 | u32::from(logprobs.full) << 2;
+            let flags = u32::from(logprobs.tokens)
+                | u32::from(logprobs.prompt) << 1
+                | u32::from(logprobs.full) << 2
+                | u32::from(logprobs.rewards) << 3;
             words.u32(flags | u32::from(logprobs.top) << 16);
         }
         words.u32(self.pages.len() as u32);
@@ -181,6 +184,7 @@ impl StepPlan {
                 tokens: flags & 1 != 0,
                 prompt: flags & 2 != 0,
                 full: flags & 4 != 0,
+                rewards: flags & 8 != 0,
                 top: (flags >> 16) as u16,
             };
             self.admitted.push(admission);
@@ -366,7 +370,7 @@ mod tests {
                 },
                 min_new_tokens: 2,
                 eos_ids: vec![3, 5],
-                logprobs: LogprobSpec { tokens: true, prompt: false, top: 5, full: true },
+                logprobs: LogprobSpec { tokens: true, prompt: false, top: 5, full: true, rewards: true },
             }],
             pages: vec![(7, 5), (7, 0), (1, 12)],
             work: vec![

@@ -3,33 +3,64 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use nemotron_engine::chat::{ChatTemplate, Message, Role};
+use serde_json::json;
 
 use crate::cli::{GenerateArgs, SamplingArgs};
-use crate::client::{Client, GenerateRequest, completion};
+use crate::client::{Client, Completion, GenerateRequest, completion};
 use crate::observe::Observer;
-use crate::report::{Exit, Failure, Outcome, print_line};
+use crate::report::{Exit, Failure, Outcome, print, print_json, print_line};
 use crate::rundir::{RunDir, find_run, read_token, run_root};
 use crate::state::Endpoint;
 
 pub(crate) fn run(args: &GenerateArgs) -> Outcome {
-    let text = read_prompt(&args.prompt)?;
-    let prompt = if args.raw { text } else { as_chat(text)? };
+    let texts = read_prompts(args)?;
+    let prompts = texts.iter().map(|text| as_prompt(args, text)).collect::<Outcome<Vec<String>>>()?;
     let (url, token_file) = target(args)?;
     let token = token_file.map(|file| read_token(&file)).transpose();
     let token = token.map_err(|error| Failure::new(Exit::Usage, error))?;
     let client = Client::new(&url, token, args.timeout)?;
     let end_strings = args.sampling.end_strings();
-    let sentences = client.generate(&request(&prompt, &args.sampling, end_strings.clone()))?;
-    let [sentence] = sentences.as_slice() else {
-        return Err(Failure::msg(Exit::Internal, format!("{} answers for one prompt", sentences.len())));
-    };
-    print_line(completion(sentence, &prompt, &end_strings)).map(drop)
+    let requests = prompts.iter().map(|prompt| request(prompt, &args.sampling, end_strings.clone()));
+    if args.stream {
+        for request in requests {
+            if !client.stream(&request, |text| print(text))? || !print("\n")? {
+                break;
+            }
+        }
+        return Ok(());
+    }
+    let mut answered = texts.iter().zip(&prompts);
+    client.generate(requests, args.concurrency.get(), |answer| {
+        let (text, prompt) = answered.next().expect("an answer is to a prompt");
+        let Completion { text: response, finish_reason } = completion(&answer, prompt, &end_strings);
+        match args.json {
+            true => {
+                print_json(&json!({"schema": 1, "prompt": text, "response": response, "finish_reason": finish_reason}))
+            }
+            false => print_line(response),
+        }
+    })
 }
 
-fn read_prompt(argument: &str) -> Outcome<String> {
-    if argument != "-" {
-        return Ok(argument.to_owned());
+/// The prompts as they were given, in order.
+fn read_prompts(args: &GenerateArgs) -> Outcome<Vec<String>> {
+    let mut prompts = Vec::new();
+    for prompt in &args.prompts {
+        match prompt.as_str() {
+            "-" if !args.lines => prompts.push(read_stdin()?),
+            "-" => prompts.extend(read_stdin()?.lines().map(String::from)),
+            _ => prompts.push(prompt.clone()),
+        }
     }
+    if args.lines && !args.prompts.iter().any(|prompt| prompt == "-") {
+        prompts.extend(read_stdin()?.lines().map(String::from));
+    } else if args.prompts.is_empty() {
+        prompts.push(read_stdin()?);
+    }
+    Ok(prompts)
+}
+
+fn read_stdin() -> Outcome<String> {
     let mut text = String::new();
     std::io::stdin().read_to_string(&mut text).map_err(|error| {
         let exit = if error.kind() == ErrorKind::InvalidData { Exit::Usage } else { Exit::Internal };
@@ -39,10 +70,24 @@ fn read_prompt(argument: &str) -> Outcome<String> {
     Ok(text.strip_suffix('\n').unwrap_or(&text).to_owned())
 }
 
-fn as_chat(text: String) -> Outcome<String> {
-    let message = Message { role: Role::User, content: text };
-    let prompt = ChatTemplate::builtin("nemotron").and_then(|template| template.render(&[message], "", ""));
-    Ok(prompt.context("cannot put the prompt into the chat template")?)
+/// The text that is sent for a prompt.
+fn as_prompt(args: &GenerateArgs, text: &str) -> Outcome<String> {
+    if args.raw {
+        return Ok(text.to_owned());
+    }
+    let template = match args.template.as_str() {
+        "nemotron" => ChatTemplate::builtin("nemotron").map_err(anyhow::Error::new),
+        file => std::fs::read_to_string(file)
+            .with_context(|| format!("cannot read the template {file}"))
+            .and_then(|source| Ok(ChatTemplate::from_source(&source, file)?)),
+    };
+    let message = |role, content: &str| Message { role, content: content.to_owned() };
+    let mut messages = vec![message(Role::User, text)];
+    if !args.system.is_empty() {
+        messages.insert(0, message(Role::System, &args.system));
+    }
+    let prompt = template.and_then(|template| Ok(template.render(&messages, "", "")?));
+    prompt.map_err(|error| Failure::new(Exit::Usage, error.context("cannot put the prompt into the chat template")))
 }
 
 /// The server to ask, and where its token is.

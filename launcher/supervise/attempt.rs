@@ -269,7 +269,13 @@ impl<'a> Supervisor<'a> {
                 member.status.steps = steps;
                 member.status.load = load;
             }
-            Up::Stats { stats, job } => self.measured(stats, job),
+            Up::Stats { stats, job } => {
+                self.measured(stats, job);
+                let steps = self.members.iter().map(|member| member.status.steps).collect();
+                if let Some(leader) = &self.members[0].link {
+                    _ = leader.send(&Down::Steps { steps });
+                }
+            }
             Up::Ready { url } => {
                 self.leads = true;
                 self.record.status.url = url;

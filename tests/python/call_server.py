@@ -1,13 +1,12 @@
-"""A client as the recipe's users have it: PUT /generate on localhost:PORT, prompt and end symbol cut off."""
+"""A client as the recipe's users have it: PUT /generate on localhost:1424, prompt and end symbol cut off."""
 import json
-import sys
 
 import requests
 
 headers = {"Content-Type": "application/json"}
 
 
-def text_generation(data, ip="localhost", port=None):
+def text_generation(data, ip="localhost", port=1424):
     resp = requests.put(f"http://{ip}:{port}/generate", data=json.dumps(data), headers=headers)
     return resp.json()
 
@@ -26,7 +25,7 @@ def get_generation(prompt, greedy, add_BOS, token_to_gen, min_tokens, temp, top_
         "min_tokens_to_generate": int(min_tokens),
         "end_strings": ["<|endoftext|>", "<extra_id_1>", "\x11", "<extra_id_1>User"],
     }
-    sentences = text_generation(data, port=sys.argv[1])["sentences"]
+    sentences = text_generation(data)["sentences"]
     return sentences if batch else sentences[0]
 
 

@@ -128,10 +128,15 @@ assert ok(sentences=[""], add_BOS=True)["token_ids"][0][0] == 2
 def text_of(count):
     return ok(tokens_to_generate=count)["sentences"][0][len(P):]
 
-third = text_of(3)[len(text_of(2)):]
-first_hit = next(i for i in range(8) if text_of(i + 1).endswith(third))
-out = ok(end_strings=[third])
-assert len(out["token_ids"][0]) <= N + 3 and out["sentences"][0].endswith(third) and first_hit <= 2
+texts, checked = [text_of(count) for count in range(1, 9)], 0
+for index in range(1, 8):
+    piece = texts[index][len(texts[index - 1]):]
+    if not piece or any(text.endswith(piece) for text in [TEXT[:len(P)], *texts[:index]]):
+        continue
+    out = ok(end_strings=[piece])
+    assert out["token_ids"][0] == IDS[:N + index + 1] and out["sentences"][0].endswith(piece), (index, piece)
+    checked += 1
+assert checked >= 2, "hardly a piece of this text occurs once"
 joined = text_of(3)[len(text_of(1)):]
 out = ok(end_strings=[joined])
 assert len(out["token_ids"][0]) == N + 3 and out["sentences"][0].endswith(joined)
@@ -150,9 +155,15 @@ pair = ok(sentences=[short, long], tokens_to_generate=4)
 alone = [ok(sentences=[prompt], tokens_to_generate=4) for prompt in (short, long)]
 assert [len(row) for row in pair["token_ids"]] == [N + 4] * 2
 assert all(row[:len(one["token_ids"][0])] == one["token_ids"][0] for row, one in zip(pair["token_ids"], alone))
-stopped = ok(sentences=[short, long], tokens_to_generate=4, end_strings=[alone[0]["sentences"][0][len(short):][-1:]])
-for row, sentence in zip(stopped["token_ids"], stopped["sentences"]):
-    assert len(row) == len(stopped["token_ids"][0]) and "</s>" not in sentence
+first = ok(sentences=[short], tokens_to_generate=1)
+stop = first["sentences"][0][len(short):]
+assert stop and stop not in alone[1]["sentences"][0][len(long):]
+stopped = ok(sentences=[short, long], tokens_to_generate=4, end_strings=[stop], compute_logprob=True)
+rows, ended = stopped["token_ids"], first["token_ids"][0]
+assert rows[1] == alone[1]["token_ids"][0] and rows[0] == ended + [3] * (len(rows[1]) - len(ended))
+assert stopped["tokens"][0][len(ended):] == ["</s>"] * (len(rows[1]) - len(ended))
+assert [len(row) for row in stopped["logprob"]] == [len(rows[1]) - 1] * 2
+assert stopped["sentences"] == [first["sentences"][0], alone[1]["sentences"][0]]
 many = ok(sentences=[P] * 128)
 assert all(row == IDS for row in many["token_ids"])
 prompts = [f"Act {i}" for i in range(20)]
@@ -195,5 +206,11 @@ assert len(ok(tokens_to_generate=5000, min_tokens_to_generate=5000)["token_ids"]
 status, text = put(sentences=["word " * 3000])
 assert status == 200 and isinstance(text, str), text
 assert ok() == base
-assert ok(sentences=["🙂"], tokens_to_generate=1)["sentences"][0].startswith("🙂")
+emoji = ok(sentences=["🙂"], tokens_to_generate=1)
+assert emoji["sentences"][0].startswith("🙂")
+emoji = emoji["token_ids"][0][:-1]
+assert len(emoji) >= 4, "an emoji of single bytes"
+for cut in range(1, 4):
+    half = ok(sentences=[emoji[:-cut]], tokens_to_generate=1)
+    assert "\ufffd" in half["sentences"][0] or half["token_ids"][0] == emoji, half
 print("all cases hold")

@@ -1,5 +1,13 @@
-# Waits as the recipe does: any answer of the port counts, only curl's exit code is looked at.
+# The recipe's order on the first task: wait until the port answers anything, then wait a little, then ask. Only curl's exit code counts.
 depends_on() {
-  until curl -s -o /dev/null -X PUT "http://0.0.0.0:$1"; do sleep 0.2; done
+  local host=$1 port=$2 status
+  status=$(curl -X PUT "http://$host:$port" >/dev/null 2>/dev/null; echo $?)
+  while [ "$status" -ne 0 ]; do
+    echo "waiting for server ($host:$port)" >&2
+    sleep 2
+    status=$(curl -X PUT "http://$host:$port" >/dev/null 2>/dev/null; echo $?)
+  done
 }
-depends_on "$1"
+depends_on 0.0.0.0 1424
+sleep 1
+exec "$@"

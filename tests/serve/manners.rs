@@ -154,6 +154,7 @@ async fn a_full_queue_turns_openais_clients_away_and_lets_nemos_wait() {
 #[tokio::test]
 async fn a_lost_rank_is_told_to_clients() {
     let mut server = Server::start_with(|_| ["--no-auth", "--tp", "2"].map(String::from).to_vec());
+    server.wait_for_metric("nemotron_rank_step_lag{rank=\"1\"} 0").await;
     let mut connection = send_raw(&server, &base(json!({"tokens_to_generate": 900, "min_tokens_to_generate": 900})));
     server.wait_for_metric("nemotron_rows_running 1").await;
     let start = Instant::now();
@@ -192,4 +193,68 @@ async fn an_idle_server_does_nothing_and_other_origins_get_no_leave() {
         }
     }
     server.generate(json!({})).await;
+}
+
+/// The tiny model, with a context of 8192.
+fn long_context_model(home: &Path) -> String {
+    let from = crate::support::root().join("tests/fixtures/golden/tiny-hf");
+    let folder = home.join("long");
+    std::fs::create_dir(&folder).expect("a folder");
+    for entry in std::fs::read_dir(from).expect("the model").map(|entry| entry.expect("an entry")) {
+        std::fs::copy(entry.path(), folder.join(entry.file_name())).expect("copied");
+    }
+    let config = folder.join("config.json");
+    let text = std::fs::read_to_string(&config).expect("a configuration");
+    let longer = text.replace("\"max_position_embeddings\": 256", "\"max_position_embeddings\": 8192");
+    assert_ne!(longer, text);
+    std::fs::write(config, longer).expect("written");
+    folder.display().to_string()
+}
+
+/// `NEMOTRON_TEST_LONG_ROWS=128` makes it the largest request that there is; it takes minutes.
+#[tokio::test(flavor = "multi_thread")]
+async fn long_prompts_are_served_however_many_there_are() {
+    let rows = std::env::var("NEMOTRON_TEST_LONG_ROWS").ok().and_then(|text| text.parse().ok()).unwrap_or(4);
+    // Prompts of 4096 tokens take more work than a test should, unless it is asked for.
+    let tokens = if rows == 128 { 4096 } else { 1500 };
+    let server = Server::start_with(|home| {
+        // Fewer rows at a time than there are: the others wait for their turn.
+        let kv_tokens = format!("kv_tokens={}", tokens * 3);
+        let flags = ["--no-auth", "--set", &kv_tokens, "--model"].map(String::from);
+        flags.into_iter().chain([long_context_model(home)]).collect()
+    });
+    let prompt = |row: u64| (0..tokens).map(|at| 300 + hash(row << 32 | at) % 700).collect::<Vec<u64>>();
+    let prompts: Vec<Vec<u64>> = (0..rows).map(prompt).collect();
+    let body =
+        |prompts: &[Vec<u64>]| base(json!({"sentences": prompts, "tokens_to_generate": 2, "compute_logprob": true}));
+    let alone = server.put(&body(&prompts[1..2])).await.1;
+    let before = memory(&server, "VmHWM");
+    let (status, reply) = server.put(&body(&prompts)).await;
+    assert!(status == StatusCode::OK && reply.is_object(), "{}", reply.to_string().get(..500).unwrap_or_default());
+    let last = tokens as usize - 1;
+    for key in ["token_ids", "tokens", "offsets", "sentences", "logprob"] {
+        assert_eq!(reply[key].as_array().expect("rows").len() as u64, rows);
+        // A row that stops early is filled up to the longest.
+        let row = &reply[key][1];
+        match row.as_array() {
+            Some(values) => assert_eq!(values[..last], alone[key][0].as_array().expect("a row")[..last], "{key}"),
+            None => assert!(row.as_str().is_some_and(|text| text.starts_with(alone[key][0].as_str().expect("a text")))),
+        }
+    }
+    let grown = memory(&server, "VmHWM") - before;
+    println!("{grown} MiB more for {rows} rows than for one");
+    assert!(grown < 400, "{grown} MiB");
+
+    // Distributions of all positions: tens megabytes of text that are never held together.
+    let before = memory(&server, "VmHWM");
+    let mut body = body(&prompts[..2]);
+    body["all_probs"] = json!(true);
+    let mut response = server.request(Method::PUT, "/generate").json(&body).send().await.expect("an answer");
+    let mut bytes = 0;
+    while let Some(chunk) = response.chunk().await.expect("a stream") {
+        bytes += chunk.len();
+    }
+    let grown = memory(&server, "VmHWM") - before;
+    println!("{} MB of distributions, {grown} MiB more", bytes / 1_000_000);
+    assert!(bytes > 20_000_000 && grown < 48, "{bytes} bytes, {grown} MiB");
 }

@@ -59,7 +59,22 @@ async fn models_and_errors() {
         (COMPLETIONS, json!({"prompt": "a", "n": 1000}), 400, json!("n")),
         (COMPLETIONS, json!({}), 400, json!(null)),
         (CHAT, json!({"messages": []}), 400, json!("messages")),
-        (CHAT, json!({"messages": "a"}), 400, json!(null)),
+        (CHAT, json!({"messages": "a"}), 400, json!("messages")),
+        (CHAT, chat(json!({"max_tokens": 0})), 400, json!("max_tokens")),
+        (CHAT, chat(json!({"max_tokens": 1.5})), 400, json!("max_tokens")),
+        (CHAT, chat(json!({"max_tokens": 1e30})), 400, json!("max_tokens")),
+        (CHAT, chat(json!({"seed": "7"})), 400, json!("seed")),
+        (CHAT, chat(json!({"logit_bias": {"1": 101}})), 400, json!("logit_bias")),
+        (CHAT, chat(json!({"logit_bias": {"-1": 1}})), 400, json!("logit_bias")),
+        (CHAT, chat(json!({"logprobs": true, "top_logprobs": 21})), 400, json!("logprobs")),
+        (CHAT, chat(json!({"stream_options": {"include_usage": "yes"}})), 400, json!("stream_options.include_usage")),
+        (CHAT, chat(json!({"tools": [{"type": "function", "function": {"name": "f"}}]})), 400, json!("tools")),
+        (CHAT, chat(json!({"response_format": {"type": "json_object"}})), 400, json!("response_format")),
+        (CHAT, json!({"messages": [{"role": "tool", "content": "4", "tool_call_id": "1"}]}), 400, json!("messages")),
+        (COMPLETIONS, json!({"prompt": "a", "suffix": "b"}), 400, json!("suffix")),
+        (COMPLETIONS, json!({"prompt": "a", "best_of": 2}), 400, json!("best_of")),
+        (COMPLETIONS, json!({"prompt": []}), 400, json!("n")),
+        (COMPLETIONS, json!({"prompt": [1, "a"]}), 400, json!("prompt")),
         ("/v1/embeddings", json!({}), 404, json!(null)),
     ] {
         let (given, answer) = server.post(path, body.clone()).await;
@@ -148,6 +163,27 @@ async fn prompts_choices_echo_and_logprobs() {
     for token in content {
         assert_eq!(token["top_logprobs"].as_array().expect("alternatives").len(), 3);
         assert_eq!(token["top_logprobs"][0]["logprob"], token["logprob"]);
+    }
+}
+
+#[tokio::test]
+async fn fields_that_say_nothing_change_nothing_and_no_new_token_scores_the_prompt() {
+    let server = Server::start();
+    let plain = server.complete(CHAT, chat(json!({"max_tokens": 3}))).await;
+    let nothing = json!({"max_tokens": 3, "n": null, "stop": null, "seed": null, "top_p": null, "logit_bias": null, "stream": null, "tools": [],
+        "tool_choice": "none", "response_format": {"type": "text"}, "presence_penalty": 0, "user": "u", "store": false, "metadata": {"a": "b"}});
+    assert_eq!(plain["choices"], server.complete(CHAT, chat(nothing)).await["choices"]);
+
+    let body = |max_tokens: u32| json!({"prompt": ["To be, or not to be", "All the world's a stage"], "max_tokens": max_tokens, "temperature": 0, "echo": true, "logprobs": 1});
+    let (none, two) = (server.complete(COMPLETIONS, body(0)).await, server.complete(COMPLETIONS, body(2)).await);
+    assert_eq!((&none["usage"]["completion_tokens"], &two["usage"]["completion_tokens"]), (&json!(0), &json!(4)));
+    for (none, two) in
+        none["choices"].as_array().expect("choices").iter().zip(two["choices"].as_array().expect("choices"))
+    {
+        assert_eq!(none["finish_reason"], "length");
+        assert!(text(&two["text"]).starts_with(text(&none["text"])) && text(&none["text"]).len() > 10);
+        let values = |choice: &Value| choice["logprobs"]["token_logprobs"].as_array().expect("values").clone();
+        assert_eq!(values(two)[..values(two).len() - 2], values(none));
     }
 }
 

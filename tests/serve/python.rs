@@ -3,6 +3,7 @@
 
 use std::process::Output;
 use std::sync::OnceLock;
+use std::time::Instant;
 
 use super::*;
 use crate::support::root;
@@ -56,17 +57,47 @@ fn program(name: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_recipes_client_prints_a_poem() {
-    let server = Server::start();
-    let port = server.address().rsplit_once(':').expect("a port").1;
-    succeed(30, &["bash", &program("poll.sh"), port], server.home.path());
+async fn the_recipes_client_and_the_documents_examples_work_unmodified() {
+    let home = tempfile::tempdir().expect("a directory");
     let Some(python) = python().and_then(Path::to_str) else { return };
-    let poem = succeed(60, &[python, &program("call_server.py"), port], server.home.path());
+    // The port is written into people's scripts; another checkout's tests may have it just now.
+    let patience = Instant::now() + Duration::from_secs(120);
+    while let Err(error) = std::net::TcpListener::bind("127.0.0.1:1424") {
+        assert!(Instant::now() < patience, "port 1424: {error}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    let (folder, wait, ask) = (home.path().to_owned(), program("poll.sh"), program("call_server.py"));
+    let recipe = tokio::task::spawn_blocking(move || succeed(120, &["bash", &wait, python, &ask], &folder));
+    // It waits for a server that is not there yet.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let server = Server::start_with(|_| ["--no-auth", "--port", "1424"].map(String::from).to_vec());
+    let poem = recipe.await.expect("it ends");
     assert!(poem.lines().count() > 2 && !poem.contains("<extra_id"), "{poem}");
     let reply = server
         .generate(json!({"tokens_to_generate": 1024, "end_strings": ["<|endoftext|>", "<extra_id_1>", "\u{11}", "<extra_id_1>User"]}))
         .await;
     assert_eq!(poem, reply.completion().trim_end_matches("<extra_id_1>").to_owned() + "\n");
+    examples_work(python, server.home.path());
+}
+
+/// What docs/api.md shows, at the port that it names.
+fn examples_work(python: &str, home: &Path) {
+    let text = std::fs::read_to_string(root().join("docs/api.md")).expect("the document");
+    let block = |kind: &str| {
+        let (_, rest) = text.split_once(&format!("```{kind}\n")).expect("a block");
+        rest.split_once("```").expect("its end").0.to_owned()
+    };
+    let console = block("console").replace("\\\n", " ");
+    let commands: Vec<&str> = console.lines().filter_map(|line| line.strip_prefix("$ curl ")).collect();
+    assert!(commands.len() >= 2, "{commands:?}");
+    for command in commands {
+        let said = succeed(60, &["bash", "-c", &format!("curl -sS --fail-with-body {command}")], home);
+        assert!(
+            said.contains("\"sentences\":[\"<extra_id_0>") || said.ends_with("data: [DONE]\n\n"),
+            "{command}: {said}"
+        );
+    }
+    assert!(!succeed(60, &[python, "-c", &block("python")], home).trim().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -230,6 +230,7 @@ fn config(scalars: &Map<String, Value>, query_rows: Option<usize>) -> Result<Mod
         rotary_fraction,
         bos_id: bos_id.and_then(|ids| ids.first().copied()),
         eos_ids: if eos_ids.is_empty() { vec![3] } else { eos_ids },
+        reward: None,
     }
     .validate()
 }
@@ -241,6 +242,9 @@ fn stored_name(name: TensorName) -> String {
         T::FinalNormGamma => return "output_norm.weight".to_owned(),
         T::FinalNormBeta => return "output_norm.bias".to_owned(),
         T::Head => return "output.weight".to_owned(),
+        // A file of this format is never of a reward model.
+        T::RewardHead => return "reward_head.weight".to_owned(),
+        T::RewardBias => return "reward_head.bias".to_owned(),
         T::AttentionNormGamma(layer) => (layer, "attn_norm.weight"),
         T::AttentionNormBeta(layer) => (layer, "attn_norm.bias"),
         T::Query(layer) => (layer, "attn_q.weight"),

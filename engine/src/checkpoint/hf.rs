@@ -203,6 +203,8 @@ pub(super) fn stored_name(name: TensorName) -> String {
         T::FinalNormGamma => return "model.norm.weight".to_owned(),
         T::FinalNormBeta => return "model.norm.bias".to_owned(),
         T::Head => return "lm_head.weight".to_owned(),
+        T::RewardHead => return "score.weight".to_owned(),
+        T::RewardBias => return "score.bias".to_owned(),
         T::AttentionNormGamma(layer) => (layer, "input_layernorm.weight"),
         T::AttentionNormBeta(layer) => (layer, "input_layernorm.bias"),
         T::Query(layer) => (layer, "self_attn.q_proj.weight"),
@@ -267,6 +269,27 @@ mod tests {
 
     const SHARD_1: &str = "model-00001-of-00002.safetensors";
     const SHARD_2: &str = "model-00002-of-00002.safetensors";
+
+    /// The language model's head under the name and the architecture that transformers give to a head of sequence classification.
+    #[test]
+    fn a_head_of_sequence_classification_is_a_reward_head() {
+        let directory = copy();
+        for file in [SHARD_1, INDEX] {
+            edit(&directory, file, "\"lm_head.weight\":", "\"score.weight\"  :");
+        }
+        let path = directory.path().join("config.json");
+        let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["architectures"] = serde_json::json!(["NemotronForSequenceClassification"]);
+        config["num_labels"] = 1024.into();
+        fs::write(&path, config.to_string()).unwrap();
+        let checkpoint = open_directory(directory.path()).unwrap();
+        let reward = checkpoint.config().reward.unwrap();
+        assert_eq!((reward.num_attributes, reward.has_bias), (1024, false));
+        assert_eq!(checkpoint.tensor(TensorName::RewardHead).unwrap().rows(), 1024);
+        config["id2label"] = serde_json::json!({"0": "LABEL_0", "1": "LABEL_1"});
+        fs::write(&path, config.to_string()).unwrap();
+        assert!(error(&directory).starts_with("tensor score.weight has shape [1024, 128]"), "{}", error(&directory));
+    }
 
     #[test]
     fn shards_make_one_model() {

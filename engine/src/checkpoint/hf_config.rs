@@ -4,7 +4,7 @@
 use serde_json::{Map, Value};
 
 use super::fields::{Fields, unsupported, wrong_type};
-use crate::config::{ConfigError, ModelConfig};
+use crate::config::{ConfigError, ModelConfig, RewardHead};
 
 impl ModelConfig {
     /// Reads a `config.json`; the EOS ids of a `generation_config.json` are added to its own.
@@ -66,6 +66,7 @@ impl ModelConfig {
             rotary_fraction,
             bos_id: bos_id(fields)?,
             eos_ids,
+            reward: reward_head(fields)?,
         }
         .validate()
     }
@@ -94,6 +95,17 @@ fn check_quantization(fields: Fields<'_>) -> Result<(), ConfigError> {
         }
         _ => Err(unsupported("quantization_config", value, &"fp8, compressed-tensors or modelopt".into())),
     }
+}
+
+/// Transformers' `NemotronForSequenceClassification`: one label an attribute, no bias.
+fn reward_head(fields: Fields<'_>) -> Result<Option<RewardHead>, ConfigError> {
+    let architectures = fields.0.get("architectures").and_then(Value::as_array);
+    if architectures.and_then(|names| names.first()).is_none_or(|name| name != "NemotronForSequenceClassification") {
+        return Ok(None);
+    }
+    let labels = fields.0.get("id2label").and_then(Value::as_object).map(Map::len);
+    let num_attributes = labels.or(fields.size(&["num_labels"])?).unwrap_or(2);
+    Ok(Some(RewardHead { num_attributes, has_bias: false }))
 }
 
 /// An absent key means transformers' default, an explicit null means that there is none.
@@ -156,6 +168,7 @@ mod tests {
             rotary_fraction: 0.5,
             bos_id: Some(2),
             eos_ids: vec![3],
+            reward: None,
         }
     }
 

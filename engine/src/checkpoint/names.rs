@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use crate::config::{Mesh, ModelConfig};
+use crate::config::{Mesh, ModelConfig, RewardHead};
 
 /// The tensors of a Nemotron model. Shapes are those of the whole model, before any split.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,8 +34,12 @@ pub enum TensorName {
     FinalNormGamma,
     /// [1, hidden]
     FinalNormBeta,
-    /// [vocab, hidden]
+    /// [vocab, hidden]; not of a reward model
     Head,
+    /// [attributes, hidden]; of a reward model
+    RewardHead,
+    /// [1, attributes]; of a reward model that has one
+    RewardBias,
 }
 
 impl TensorName {
@@ -55,11 +59,15 @@ impl TensorName {
                 Self::Down(layer),
             ]
         };
-        std::iter::once(Self::Embedding).chain((0..config.num_layers).flat_map(of_layer)).chain([
-            Self::FinalNormGamma,
-            Self::FinalNormBeta,
-            Self::Head,
-        ])
+        let head = match config.reward {
+            None => &[Self::Head][..],
+            Some(RewardHead { has_bias: false, .. }) => &[Self::RewardHead],
+            Some(RewardHead { has_bias: true, .. }) => &[Self::RewardHead, Self::RewardBias],
+        };
+        std::iter::once(Self::Embedding)
+            .chain((0..config.num_layers).flat_map(of_layer))
+            .chain([Self::FinalNormGamma, Self::FinalNormBeta])
+            .chain(head.iter().copied())
     }
 
     /// Whether it is γ or β of a LayerNorm.
@@ -73,6 +81,11 @@ impl TensorName {
                 | Self::FinalNormGamma
                 | Self::FinalNormBeta
         )
+    }
+
+    /// Whether every tensor-parallel rank has all of it.
+    pub fn is_replicated(self) -> bool {
+        self.is_norm() || matches!(self, Self::RewardHead | Self::RewardBias)
     }
 
     /// Whether it is γ of a LayerNorm.
@@ -90,13 +103,13 @@ impl TensorName {
         })
     }
 
-    /// Rows and columns that a tensor-parallel rank has: its heads, or its share of FFN or vocabulary; of norms everything.
+    /// Rows and columns that a tensor-parallel rank has: its heads, or its share of FFN or vocabulary; of norms and a reward model's head everything.
     pub fn shard(self, config: &ModelConfig, mesh: Mesh, rank: usize) -> [Range<usize>; 2] {
         let [rows, cols] = self.shape(config);
         let share = |size: usize| mesh.tp_rank(rank) * size / mesh.tp..(mesh.tp_rank(rank) + 1) * size / mesh.tp;
         match self {
             Self::Output(_) | Self::Down(_) => [0..rows, share(cols)],
-            _ if self.is_norm() => [0..rows, 0..cols],
+            _ if self.is_replicated() => [0..rows, 0..cols],
             _ => [share(rows), 0..cols],
         }
     }
@@ -113,15 +126,23 @@ impl TensorName {
             | Self::MlpNormBeta(layer)
             | Self::Up(layer)
             | Self::Down(layer) => Some(layer),
-            Self::Embedding | Self::FinalNormGamma | Self::FinalNormBeta | Self::Head => None,
+            Self::Embedding
+            | Self::FinalNormGamma
+            | Self::FinalNormBeta
+            | Self::Head
+            | Self::RewardHead
+            | Self::RewardBias => None,
         }
     }
 
     /// Rows and columns of the whole tensor.
     pub fn shape(self, config: &ModelConfig) -> [usize; 2] {
         let hidden = config.hidden_size;
+        let attributes = config.reward.map_or(0, |reward| reward.num_attributes);
         match self {
             Self::Embedding | Self::Head => [config.vocab_size, hidden],
+            Self::RewardHead => [attributes, hidden],
+            Self::RewardBias => [1, attributes],
             Self::Query(_) => [config.num_heads * config.head_dim, hidden],
             Self::Key(_) | Self::Value(_) => [config.num_kv_heads * config.head_dim, hidden],
             Self::Output(_) => [hidden, config.num_heads * config.head_dim],
@@ -154,6 +175,8 @@ impl fmt::Display for TensorName {
             Self::FinalNormGamma => f.write_str("final_norm.gamma"),
             Self::FinalNormBeta => f.write_str("final_norm.beta"),
             Self::Head => f.write_str("head"),
+            Self::RewardHead => f.write_str("reward_head"),
+            Self::RewardBias => f.write_str("reward_head.bias"),
         }
     }
 }

@@ -193,6 +193,8 @@ fn stored_place(name: TensorName) -> (&'static str, Axes, usize) {
         T::FinalNormGamma => ("model.decoder.final_layernorm.weight", VECTOR, 0),
         T::FinalNormBeta => ("model.decoder.final_layernorm.bias", VECTOR, 0),
         T::Head => ("model.output_layer.weight", MATRIX, 0),
+        T::RewardHead => ("model.rm_head.weight", MATRIX, 0),
+        T::RewardBias => ("model.rm_head.bias", VECTOR, 0),
     }
 }
 

@@ -4,7 +4,7 @@ use saphyr_parser::{Event, Parser, ScalarStyle};
 use serde_json::{Map, Value};
 
 use super::fields::{Fields, wrong_type};
-use crate::config::{ConfigError, ModelConfig};
+use crate::config::{ConfigError, ModelConfig, RewardHead};
 
 impl ModelConfig {
     /// Reads a `model_config.yaml`. It does not state the size of the vocabulary, which is that of the embedding, nor any special ids,
@@ -48,6 +48,9 @@ impl ModelConfig {
             rotary_fraction: fields.number(&["rotary_percentage"])?.unwrap_or(1.0),
             bos_id: Some(2),
             eos_ids: vec![3],
+            reward: fields
+                .size(&["regression.num_attributes"])?
+                .map(|num_attributes| RewardHead { num_attributes, has_bias: true }),
         }
         .validate()
     }
@@ -158,6 +161,7 @@ mod tests {
             rotary_fraction: 0.5,
             bos_id: Some(2),
             eos_ids: vec![3],
+            reward: None,
         };
         assert_eq!(read(TINY), Ok(expected.clone()));
         let full_rotary = TINY.replace("rotary_percentage: 0.5\n", "");

@@ -31,7 +31,7 @@ impl ReadingPlan {
         let mut extents = Vec::new();
         for name in TensorName::of_rank(config, mesh, rank) {
             // All ranks of a stage need the norms; one brings them into the cache.
-            if name.is_norm() && mesh.tp_rank(rank) > 0 {
+            if name.is_replicated() && mesh.tp_rank(rank) > 0 {
                 continue;
             }
             let grid = source.grid(name)?;

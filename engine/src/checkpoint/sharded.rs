@@ -115,7 +115,7 @@ impl CheckpointSource for ShardedCheckpoint {
             .filter(|rank| TensorName::of_rank(config, *mesh, *rank).any(|it| it == name))
             .collect();
         // Every rank has all of a norm.
-        let holders = if name.is_norm() { &holders[..1] } else { &holders };
+        let holders = if name.is_replicated() { &holders[..1] } else { &holders };
         let parts = holders.iter().map(|rank| self.part(*rank, name)).collect::<Result<Vec<_>, _>>()?;
         let dtype = parts[0].0;
         if parts.iter().any(|part| part.0 != dtype) {

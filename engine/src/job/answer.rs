@@ -45,6 +45,7 @@ impl From<RowError> for RowFailure {
             RowError::EmptyPrompt => "empty_prompt",
             RowError::UnknownToken { .. } => "unknown_token",
             RowError::TooLong { .. } | RowError::KvTooSmall { .. } => "context_overflow",
+            RowError::OnlyScores | RowError::CannotScore => "wrong_model",
             RowError::NotFinite => "not_finite",
             RowError::ShuttingDown | RowError::EngineFailed(_) => "engine",
         };

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{FromRequest, Request, State};
+use axum::extract::{Extension, FromRequest, Request, State};
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use futures_util::{future, stream};
@@ -17,15 +17,19 @@ use crate::end_strings;
 use crate::error_chain::error_chain;
 use crate::request::{self, Event, LogprobSpec, RowError, Sampling, Stopping};
 
-use super::rows::TrackedRow;
+use super::rows::{Tally, TrackedRow};
 use super::shape::{Generated, Reply};
 use super::validate::{Params, Refusal, Sentence, validate};
 use super::{Server, random_u64, score};
 
 /// Any method on `/generate`.
-pub(super) async fn generate(State(server): State<Arc<Server>>, request: Request) -> Response {
+pub(super) async fn generate(
+    State(server): State<Arc<Server>>,
+    Extension(tally): Extension<Arc<Tally>>,
+    request: Request,
+) -> Response {
     match put_body(request).await {
-        Ok(body) => put(&server, body).await,
+        Ok(body) => put(&server, &tally, body).await,
         Err(answer) => answer,
     }
 }
@@ -39,8 +43,8 @@ pub(super) async fn put_body(request: Request) -> Result<Bytes, Response> {
         let text = "Did not attempt to load JSON data because the request Content-Type was not 'application/json'.";
         return Err(message(StatusCode::UNSUPPORTED_MEDIA_TYPE, text));
     }
-    let body = Bytes::from_request(request, &()).await;
-    body.map_err(|rejection| message(rejection.status(), &rejection.body_text()))
+    // It was received before, so this cannot fail.
+    Bytes::from_request(request, &()).await.map_err(IntoResponse::into_response)
 }
 
 /// Any method on `/generate/`.
@@ -48,7 +52,7 @@ pub(super) async fn trailing_slash(method: Method) -> Response {
     answer_method(&method, "HEAD, OPTIONS, GET")
 }
 
-async fn put(server: &Arc<Server>, body: Bytes) -> Response {
+async fn put(server: &Arc<Server>, tally: &Arc<Tally>, body: Bytes) -> Response {
     let prepared = prepare(server, body, |server, body| {
         let params = validate(body)?;
         let all_probs = params.all_probs;
@@ -59,7 +63,7 @@ async fn put(server: &Arc<Server>, body: Bytes) -> Response {
         Err(answer) => return answer,
     };
     let (filler, compute_logprob) = (batch.eos.unwrap_or(0), batch.logprobs.tokens);
-    let rows = match run(server, batch.prompts).await {
+    let rows = match run(server, tally, batch.prompts).await {
         Ok(rows) => rows,
         Err(error) => return failed(error, server.strict),
     };
@@ -134,7 +138,7 @@ fn is_json(headers: &HeaderMap) -> bool {
     essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
-fn message(status: StatusCode, text: &str) -> Response {
+pub(super) fn message(status: StatusCode, text: &str) -> Response {
     json_line(status, &json!({"message": text}))
 }
 
@@ -248,13 +252,17 @@ fn sampling(params: &Params, vocab_size: usize, seed: u64, sample: u32) -> Sampl
 }
 
 /// Generates all rows; the first failure cancels the others.
-pub(super) async fn run(server: &Server, prompts: Vec<BatchPrompt>) -> Result<Vec<Generated>, RowError> {
+pub(super) async fn run(
+    server: &Server,
+    tally: &Arc<Tally>,
+    prompts: Vec<BatchPrompt>,
+) -> Result<Vec<Generated>, RowError> {
     let group = server.engine.new_group();
     let mut rows = Vec::with_capacity(prompts.len());
     for BatchPrompt { text, request } in prompts {
         let generated =
             Generated { text, prompt_len: request.prompt.len(), ids: request.prompt.clone(), logprobs: Vec::new() };
-        rows.push(collect(TrackedRow::submit(&server.engine, group, &server.metrics, request)?, generated));
+        rows.push(collect(TrackedRow::submit(server, tally, group, request)?, generated));
     }
     future::try_join_all(rows).await
 }

@@ -4,22 +4,27 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Request, State};
+use axum::extract::{Extension, Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use serde_json::{Value, json};
 
 use super::Server;
 use super::generate::{Batch, failed, json_line, prepare, put_body, run};
+use super::rows::Tally;
 use super::shape::{Generated, sentence};
 use super::validate::{Fields, MAX_SENTENCES, Params, Refusal, Sentence, positive, saturate};
 
 /// Any method on `/api`.
-pub(super) async fn api(State(server): State<Arc<Server>>, request: Request) -> Response {
-    answer(&server, request).await.unwrap_or_else(|refused| refused)
+pub(super) async fn api(
+    State(server): State<Arc<Server>>,
+    Extension(tally): Extension<Arc<Tally>>,
+    request: Request,
+) -> Response {
+    answer(&server, &tally, request).await.unwrap_or_else(|refused| refused)
 }
 
-async fn answer(server: &Arc<Server>, request: Request) -> Result<Response, Response> {
+async fn answer(server: &Arc<Server>, tally: &Arc<Tally>, request: Request) -> Result<Response, Response> {
     let body = put_body(request).await?;
     let (batch, score_only) = prepare(server, body, |server, body| {
         let (params, score_only) = validate(body)?;
@@ -27,7 +32,7 @@ async fn answer(server: &Arc<Server>, request: Request) -> Result<Response, Resp
     })
     .await?;
     let logprobs = batch.logprobs.tokens;
-    let mut rows = run(server, batch.prompts).await.map_err(|error| failed(error, server.strict))?;
+    let mut rows = run(server, tally, batch.prompts).await.map_err(|error| failed(error, server.strict))?;
     if score_only {
         rows.iter_mut().for_each(drop_last);
     }

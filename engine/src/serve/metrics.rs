@@ -31,8 +31,8 @@ impl Metrics {
 
     /// The text exposition format, version 0.0.4.
     ///
-    /// `phase` is that of this server, named as in the run's events but in lower case.
-    pub(super) fn render(&self, stats: &EngineStats, phase: &str) -> String {
+    /// `phase` is that of this server, named as in the run's events but in lower case; `rank_steps` those that each rank has completed.
+    pub(super) fn render(&self, stats: &EngineStats, rank_steps: &[u64], phase: &str) -> String {
         let mut out = String::new();
         head(&mut out, "phase", "gauge", "1 for the phase that the server is in.");
         for known in ["ready", "draining", "failed"] {
@@ -51,6 +51,11 @@ impl Metrics {
         for (name, kind, help, value) in values {
             head(&mut out, name, kind, help);
             let _ = writeln!(out, "nemotron_{name} {value}");
+        }
+        head(&mut out, "rank_step_lag", "gauge", "Steps that a rank is behind the foremost one, as heard last.");
+        let foremost = rank_steps.iter().max().copied().unwrap_or(0);
+        for (rank, steps) in rank_steps.iter().enumerate() {
+            let _ = writeln!(out, "nemotron_rank_step_lag{{rank=\"{rank}\"}} {}", foremost - steps);
         }
         head(&mut out, "http_responses_total", "counter", "Answers by route and status; 499: the client left first.");
         for ((route, status), count) in &*lock(&self.responses) {
@@ -125,9 +130,11 @@ mod tests {
         }
         metrics.count_response("/generate", 200, Duration::ZERO);
         metrics.count_response("/generate", 200, Duration::ZERO);
-        let text = metrics.render(&EngineStats { running: 3, ..EngineStats::default() }, "ready");
+        let text = metrics.render(&EngineStats { running: 3, ..EngineStats::default() }, &[7, 5], "ready");
         for line in [
             "nemotron_rows_running 3",
+            "nemotron_rank_step_lag{rank=\"0\"} 0",
+            "nemotron_rank_step_lag{rank=\"1\"} 2",
             "nemotron_phase{phase=\"ready\"} 1",
             "nemotron_phase{phase=\"failed\"} 0",
             "nemotron_request_seconds_count{route=\"/generate\"} 2",

@@ -1,30 +1,31 @@
 //! HTTP: routes, authentication, health, and the dialects that turn bodies into requests.
 //!
-//! `PUT /generate` answers as NeMo's server does, `PUT /api` as Megatron-LM's; `/v1/*` as OpenAI's API does. Requests wait for the engine as long as it takes: there is
+//! `PUT /generate` answers as NeMo's server does, `PUT /api` as Megatron-LM's; `/v1/*` as OpenAI's API does; a reward model answers `PUT /score` and Triton's `/v2`. Requests wait for the engine as long as it takes: there is
 //! no timeout on our side, and a row is cancelled when the client that asked for it goes away.
 
 mod generate;
 mod megatron;
 mod metrics;
 mod openai;
+mod reward;
 mod rows;
 mod score;
 mod shape;
 mod validate;
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use axum::body::{Body, HttpBody as _};
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::Router;
+use axum::body::{Body, Bytes, HttpBody as _};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, FromRequest as _, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use axum::serve::ListenerExt;
-use axum::{Json, Router};
 use futures_util::{StreamExt as _, stream};
 use subtle::ConstantTimeEq;
 
@@ -34,9 +35,13 @@ use crate::error_chain::error_chain;
 use crate::tokenizer::Tokenizer;
 
 use self::metrics::Metrics;
+use self::rows::Tally;
 
 /// Largest request body: 128 prompts of any length that a model takes are far below it.
 const MAX_BODY_BYTES: usize = 256 << 20;
+
+/// In which a body must arrive. The answer may take as long as it needs.
+const BODY_PATIENCE: Duration = Duration::from_secs(300);
 
 /// Routes that answer without a token, for probes.
 const OPEN_ROUTES: [&str; 5] = ["/livez", "/readyz", "/startupz", "/healthz", "/openapi.json"];
@@ -45,9 +50,11 @@ const OPEN_ROUTES: [&str; 5] = ["/livez", "/readyz", "/startupz", "/healthz", "/
 const OPENAPI: &str = include_str!("openapi.json");
 
 /// Routes that metrics name; all others count as "other".
-const ROUTES: [&str; 11] = [
+const ROUTES: [&str; 13] = [
     "/generate",
     "/api",
+    "/score",
+    "/v2/models/reward_model/infer",
     "/openapi.json",
     "/v1/completions",
     "/v1/chat/completions",
@@ -120,7 +127,8 @@ pub async fn run(
         drain.draining.store(true, Ordering::Relaxed);
         tracing::info!("draining");
     };
-    axum::serve(listener, router(server)).with_graceful_shutdown(shutdown).await
+    let service = router(server).into_make_service_with_connect_info::<SocketAddr>();
+    axum::serve(listener, service).with_graceful_shutdown(shutdown).await
 }
 
 fn router(server: Arc<Server>) -> Router {
@@ -128,7 +136,14 @@ fn router(server: Arc<Server>) -> Router {
         .route("/generate", any(generate::generate))
         .route("/generate/", any(generate::trailing_slash))
         .route("/api", any(megatron::api))
+        .route("/score", any(reward::score))
+        .route("/v2/models/reward_model/infer", post(reward::infer))
+        .route("/v2/models/reward_model", get(reward::metadata))
+        .route("/v2/models/reward_model/ready", get(ready))
+        .route("/v2/health/ready", get(ready))
+        .route("/v2/health/live", get(live))
         .route("/v1/models", get(openai::models))
+        .route("/v1/models/{*id}", get(openai::model))
         .route("/v1/completions", post(openai::completions))
         .route("/v1/chat/completions", post(openai::chat_completions))
         .route("/livez", get(live))
@@ -138,7 +153,9 @@ fn router(server: Arc<Server>) -> Router {
         .route("/metrics", get(metrics_text))
         .route("/openapi.json", get(|| async { ([(header::CONTENT_TYPE, "application/json")], OPENAPI) }))
         .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(server.clone(), give_up))
+        .layer(middleware::from_fn(|request, next| receive(request, next, BODY_PATIENCE)))
         .layer(middleware::from_fn_with_state(server.clone(), authorize))
         .layer(middleware::from_fn_with_state(server.clone(), observe))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
@@ -147,14 +164,32 @@ fn router(server: Arc<Server>) -> Router {
 
 /// A request that waits for the engine is answered when the engine fails, whatever else the engine's thread is doing.
 async fn give_up(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
+    let uri = request.uri().clone();
     tokio::select! {
         biased;
         response = next.run(request) => response,
         error = server.engine.failed() => {
             let message = format!("Internal Server Error: the engine has failed: {}", error_chain(&*error));
-            (StatusCode::INTERNAL_SERVER_ERROR, Json(serde_json::json!({ "message": message }))).into_response()
+            refusal(uri.path(), StatusCode::INTERNAL_SERVER_ERROR, &message)
         }
     }
+}
+
+/// Reads a body before its route sees it, so that one that never ends costs a connection and no more.
+async fn receive(request: Request, next: Next, patience: Duration) -> Response {
+    let (head, body) = request.into_parts();
+    let path = head.uri.path();
+    let received = Bytes::from_request(Request::from_parts(head.clone(), body), &());
+    match tokio::time::timeout(patience, received).await {
+        Ok(Ok(body)) => next.run(Request::from_parts(head, Body::from(body))).await,
+        Ok(Err(rejection)) => refusal(path, rejection.status(), &rejection.body_text()),
+        Err(_) => refusal(path, StatusCode::REQUEST_TIMEOUT, &format!("the body did not come within {patience:?}")),
+    }
+}
+
+/// An error in the form of the path's dialect.
+fn refusal(path: &str, status: StatusCode, text: &str) -> Response {
+    if path.starts_with("/v1/") { openai::error(status, text) } else { generate::message(status, text) }
 }
 
 /// The process answers and its engine has not failed.
@@ -184,13 +219,21 @@ async fn metrics_text(State(server): State<Arc<Server>>) -> Response {
         None if server.is_draining() => "draining",
         None => "ready",
     };
-    let text = server.metrics.render(&server.engine.stats(), phase);
+    let text = server.metrics.render(&server.engine.stats(), &server.engine.rank_steps(), phase);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
 /// Readiness polls of NeMo's recipe ask for `/` and are content with any answer, so this one must always come.
 async fn not_found(request: Request) -> Response {
-    if request.uri().path().starts_with("/v1/") { openai::unknown_route() } else { generate::not_found() }
+    match request.uri().path() {
+        path if path.starts_with("/v1/") => refusal(path, StatusCode::NOT_FOUND, "there is no such endpoint"),
+        _ => generate::not_found(),
+    }
+}
+
+async fn method_not_allowed(request: Request) -> Response {
+    let text = format!("{} has no method {}", request.uri().path(), request.method());
+    refusal(request.uri().path(), StatusCode::METHOD_NOT_ALLOWED, &text)
 }
 
 /// Lets requests through that carry the token or need none.
@@ -203,9 +246,10 @@ async fn authorize(State(server): State<Arc<Server>>, request: Request, next: Ne
     if allowed {
         return next.run(request).await;
     }
-    let body =
-        axum::Json(serde_json::json!({"message": "a bearer token is required, and the one given (if any) is not it"}));
-    (StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, "Bearer")], body).into_response()
+    let text = "a bearer token is required, and the one given (if any) is not it";
+    let mut response = refusal(request.uri().path(), StatusCode::UNAUTHORIZED, text);
+    response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    response
 }
 
 /// The token of an `Authorization: Bearer` header.
@@ -216,19 +260,23 @@ fn bearer(request: &Request) -> Option<&str> {
 }
 
 /// Gives every answer a request id, counts and logs it. Bodies are never logged: prompts are private.
-async fn observe(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
+async fn observe(State(server): State<Arc<Server>>, mut request: Request, next: Next) -> Response {
     const REQUEST_ID: &str = "x-request-id";
     let given = request.headers().get(REQUEST_ID).filter(|id| id.len() <= 128).cloned();
     let id = given.unwrap_or_else(|| HeaderValue::try_from(new_id()).expect("hexadecimal digits are a header value"));
     let path = request.uri().path();
+    let tally = Arc::<Tally>::default();
     let mut access = Access {
         metrics: server.metrics.clone(),
         method: request.method().clone(),
         route: ROUTES.into_iter().find(|route| *route == path).unwrap_or("other"),
+        peer: request.extensions().get().map(|ConnectInfo(peer)| *peer),
+        tally: tally.clone(),
         id: id.clone(),
         start: Instant::now(),
         status: 499,
     };
+    request.extensions_mut().insert(tally);
     let mut response = next.run(request).await;
     response.headers_mut().insert(REQUEST_ID, id);
     let status = response.status().as_u16();
@@ -254,6 +302,8 @@ struct Access {
     metrics: Arc<Metrics>,
     method: Method,
     route: &'static str,
+    peer: Option<SocketAddr>,
+    tally: Arc<Tally>,
     id: HeaderValue,
     start: Instant,
     status: u16,
@@ -270,10 +320,12 @@ impl Drop for Access {
         self.metrics.count_response(self.route, self.status, self.start.elapsed());
         let (method, route, status) = (&self.method, self.route, self.status);
         let (id, ms) = (self.id.to_str().unwrap_or("?"), self.start.elapsed().as_millis() as u64);
+        let peer = self.peer.map(tracing::field::display);
+        let (prompt_tokens, completion_tokens) = (self.tally.prompt_tokens(), self.tally.completion_tokens());
         if OPEN_ROUTES.contains(&route) || route == "/metrics" {
-            tracing::debug!(%method, route, status, ms, id, "request");
+            tracing::debug!(%method, route, status, ms, peer, id, "request");
         } else {
-            tracing::info!(%method, route, status, ms, id, "request");
+            tracing::info!(%method, route, status, ms, peer, prompt_tokens, completion_tokens, id, "request");
         }
     }
 }

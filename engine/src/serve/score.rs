@@ -90,7 +90,7 @@ impl Scored {
             prompt: ids.split_last().map_or_else(Vec::new, |(_, prompt)| prompt.to_vec()),
             sampling: Sampling::default(),
             stopping: Stopping { max_new_tokens: 1, ..Stopping::default() },
-            logprobs: LogprobSpec { tokens: true, prompt: true, full: true, top: 0 },
+            logprobs: LogprobSpec { tokens: true, prompt: true, full: true, ..LogprobSpec::default() },
         };
         Ok(Self { row: engine.submit_in(group, request)? })
     }

@@ -125,7 +125,7 @@ impl Fields {
         let value = match self.0.get(name) {
             None => Some(default),
             Some(Value::Bool(value)) => Some(u64::from(*value)),
-            Some(value) => value.as_u64(),
+            Some(value) => value.as_u64().or_else(|| beyond_u64(value)),
         };
         value.filter(|&value| value >= min).ok_or(Refusal::Invalid(text.into()))
     }
@@ -195,6 +195,11 @@ fn conversations(turns: &[Value]) -> Option<Vec<Vec<Message>>> {
         }
     }
     Some(conversations)
+}
+
+/// Python's integers have no end. JSON's reader makes floats of those beyond 64 bits, and only of those are so large.
+fn beyond_u64(value: &Value) -> Option<u64> {
+    value.as_f64().filter(|&value| value > u64::MAX as f64).map(|_| u64::MAX)
 }
 
 /// Counts beyond any context are all the same.
@@ -285,6 +290,8 @@ mod tests {
             json!({"temperature": 1e-8, "top_p": 1, "top_k": 1e300, "random_seed": 0, "end_strings": []}),
             json!({"top_p": 0.5, "top_k": 1_000_000_000, "random_seed": 4_294_967_295u64, "end_strings": [""]}),
             json!({"tokens_to_generate": 1_000_000_000_000u64, "top_k": 40}),
+            serde_json::from_str(r#"{"tokens_to_generate": 100000000000000000000000, "min_tokens_to_generate": 1}"#)
+                .unwrap(),
         ] {
             with(fields).unwrap();
         }

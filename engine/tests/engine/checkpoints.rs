@@ -7,7 +7,7 @@ use nemotron_engine::config::Mesh;
 use nemotron_engine::rank::ModelSource;
 use nemotron_engine::request::{LogprobSpec, Request};
 
-const TOKENS: LogprobSpec = LogprobSpec { tokens: true, prompt: true, top: 1, full: false };
+const TOKENS: LogprobSpec = LogprobSpec { tokens: true, prompt: true, top: 1, full: false, rewards: false };
 
 fn foreign(name: &str) -> ModelSource {
     ModelSource::Path(fixtures().join("foreign").join(name))

@@ -7,7 +7,7 @@ use nemotron_engine::config::Mesh;
 use nemotron_engine::rank::ModelSource;
 use nemotron_engine::request::{LogprobSpec, Request};
 
-const ALL: LogprobSpec = LogprobSpec { tokens: true, prompt: true, top: 5, full: false };
+const ALL: LogprobSpec = LogprobSpec { tokens: true, prompt: true, top: 5, full: false, rewards: false };
 const ONE_RANK: Mesh = Mesh { tp: 1, pp: 1 };
 
 fn golden() -> ModelSource {

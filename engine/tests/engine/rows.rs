@@ -34,8 +34,13 @@ fn mixed_rows() -> Vec<Request> {
                     ..Sampling::default()
                 };
             }
-            request.logprobs =
-                LogprobSpec { tokens: true, prompt: row % 3 == 0, top: (row % 4) as u16, full: row % 16 == 0 };
+            request.logprobs = LogprobSpec {
+                tokens: true,
+                prompt: row % 3 == 0,
+                top: (row % 4) as u16,
+                full: row % 16 == 0,
+                rewards: false,
+            };
             request
         })
         .collect()

@@ -1,10 +1,12 @@
 //! Bodies of `/v1/completions` and `/v1/chat/completions`, and the rows that they ask for.
 //!
-//! Unknown fields are ignored and any `model` is taken as ours, because tools send what other servers want.
+//! Unknown fields are ignored and any `model` is taken as ours, because tools send what other servers want. Fields that would change the
+//! answer, and that we do not have, are refused.
 
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::chat::{ChatTemplate, Message, Role};
 use crate::end_strings::EOS_ALIAS;
@@ -40,8 +42,20 @@ struct Common {
     stop: Option<OneOrMany>,
     /// NeMo's name for `stop`; both count.
     end_strings: Option<Vec<String>>,
+    /// NeMo's `max_tokens`: clipped to the context, not held against it.
+    tokens_to_generate: Option<u32>,
+    /// NeMo's name; an extension.
+    min_tokens_to_generate: Option<u32>,
+    /// NeMo's name; an extension.
+    #[serde(rename = "add_BOS")]
+    add_bos: Option<bool>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
+    suffix: Option<Value>,
+    tools: Option<Value>,
+    functions: Option<Value>,
+    response_format: Option<Value>,
+    modalities: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -62,7 +76,15 @@ struct CompletionFields {
     prompt: Prompt,
     #[serde(default)]
     echo: Option<bool>,
-    logprobs: Option<u16>,
+    logprobs: Option<Alternatives>,
+}
+
+/// OpenAI's number, or NeMo's flag.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(untagged)]
+enum Alternatives {
+    Number(u16),
+    Flag(bool),
 }
 
 #[derive(Deserialize)]
@@ -84,18 +106,9 @@ struct ChatFields {
 
 #[derive(Deserialize)]
 struct ChatMessage {
-    role: ChatRole,
+    role: String,
     content: Option<Content>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum ChatRole {
-    /// "developer" is its newer name.
-    #[serde(alias = "developer")]
-    System,
-    User,
-    Assistant,
+    tool_calls: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -143,12 +156,18 @@ impl Plan {
         chat: &ChatTemplate,
     ) -> Result<Self, ApiError> {
         let common: Common = parse(body)?;
+        common.refuse_unsupported()?;
         let eos_ids = info.config.eos_ids.clone();
-        let (prompts, max_tokens, echo, logprobs, stop_ids) = match dialect {
+        let (mut prompts, max_tokens, echo, logprobs, stop_ids) = match dialect {
             Dialect::Completions => {
                 let fields: CompletionFields = parse(body)?;
                 let prompts = fields.prompt.tokenize(tokenizer);
-                (prompts, Some(common.max_tokens.unwrap_or(16)), fields.echo == Some(true), fields.logprobs, Vec::new())
+                let top = fields.logprobs.and_then(|asked| match asked {
+                    Alternatives::Number(top) => Some(top),
+                    Alternatives::Flag(asked) => asked.then_some(0),
+                });
+                let max_tokens = common.max_tokens.or(common.tokens_to_generate).unwrap_or(16);
+                (prompts, Some(max_tokens), fields.echo == Some(true), top, Vec::new())
             }
             Dialect::Chat => {
                 let fields: ChatFields = parse(body)?;
@@ -164,6 +183,14 @@ impl Plan {
                 (vec![prompt], max_tokens, false, top, turn_end.into_iter().collect())
             }
         };
+        if common.add_bos == Some(true) {
+            let bos = info.config.bos_id.ok_or_else(|| ApiError::field("add_BOS", "the model has no BOS token"))?;
+            prompts.iter_mut().for_each(|prompt| prompt.insert(0, bos));
+        }
+        let clip = common.max_tokens.is_none() && common.tokens_to_generate.is_some();
+        // OpenAI's way to ask for the prompt's log-probabilities. The engine generates a token that nobody sees.
+        let score_only = dialect == Dialect::Completions && max_tokens == Some(0);
+        let max_tokens = if score_only { Some(1) } else { max_tokens };
         let n = common.n.unwrap_or(1);
         let num_rows = prompts.len().saturating_mul(n as usize);
         if num_rows == 0 || num_rows > MAX_SENTENCES {
@@ -187,11 +214,11 @@ impl Plan {
             tokens: logprobs.is_some(),
             prompt: logprobs.is_some() && echo,
             top: logprobs.unwrap_or(0),
-            full: false,
+            ..LogprobSpec::default()
         };
         let stopping = Stopping {
             max_new_tokens: 0,
-            min_new_tokens: 0,
+            min_new_tokens: common.min_tokens_to_generate.unwrap_or(0),
             eos_ids: eos_ids.clone(),
             stop_ids: stop_ids.clone(),
             stop_strings: stop_strings.clone(),
@@ -199,7 +226,8 @@ impl Plan {
         };
         let mut rows = Vec::with_capacity(num_rows);
         for prompt in &prompts {
-            let max_new_tokens = max_new_tokens(prompt.len(), max_tokens, info.max_context.min(info.kv_tokens))?;
+            let context = info.max_context.min(info.kv_tokens);
+            let max_new_tokens = max_new_tokens(prompt.len(), max_tokens, clip, context)?;
             for sample in 0..n {
                 rows.push(Request {
                     prompt: prompt.clone(),
@@ -216,6 +244,7 @@ impl Plan {
                 end_ids: eos_ids.into_iter().chain(stop_ids).collect(),
                 stop_strings,
                 trim_newline: dialect == Dialect::Chat,
+                prompt_only: score_only,
             },
             echo,
             logprobs: logprobs.is_some(),
@@ -227,7 +256,16 @@ impl Plan {
 }
 
 fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
-    serde_json::from_slice(body).map_err(|error| ApiError::invalid(error.to_string()))
+    let mut reader = serde_json::Deserializer::from_slice(body);
+    let parsed = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let at = error.path().to_string();
+        match at.as_str() {
+            "." => ApiError::invalid(error.inner().to_string()),
+            _ => ApiError::field(&at, error.inner()),
+        }
+    })?;
+    reader.end().map_err(|error| ApiError::invalid(error.to_string()))?;
+    Ok(parsed)
 }
 
 impl Prompt {
@@ -260,16 +298,49 @@ impl ChatMessage {
                 text.ok_or(ApiError::field("messages", "only text content is supported"))?
             }
         };
-        let role = match self.role {
-            ChatRole::System => Role::System,
-            ChatRole::User => Role::User,
-            ChatRole::Assistant => Role::Assistant,
+        let role = match self.role.as_str() {
+            // "developer" is its newer name.
+            "system" | "developer" => Role::System,
+            "user" => Role::User,
+            "assistant" => Role::Assistant,
+            role => {
+                let text = format!("a message of `{role}` is not supported: there are system, user and assistant");
+                return Err(ApiError::field("messages", text));
+            }
         };
+        if self.tool_calls.as_ref().is_some_and(asks) {
+            return Err(ApiError::field("messages", "tool calls are not supported"));
+        }
         Ok(Message { role, content })
     }
 }
 
+/// Whether a field that we do not have asks for anything.
+fn asks(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::String(text) => !text.is_empty(),
+        Value::Array(list) => list.iter().any(|item| item != "text"),
+        Value::Object(fields) => fields.get("type").is_none_or(|kind| kind != "text"),
+        _ => true,
+    }
+}
+
 impl Common {
+    fn refuse_unsupported(&self) -> Result<(), ApiError> {
+        let fields = [
+            ("suffix", &self.suffix),
+            ("tools", &self.tools),
+            ("functions", &self.functions),
+            ("response_format", &self.response_format),
+            ("modalities", &self.modalities),
+        ];
+        match fields.into_iter().find(|(_, value)| value.as_ref().is_some_and(asks)) {
+            Some((name, _)) => Err(ApiError::field(name, "is not supported: this server gives plain text")),
+            None => Ok(()),
+        }
+    }
+
     fn stop_strings(&self) -> Result<Vec<String>, ApiError> {
         let mut strings = match &self.stop {
             None => Vec::new(),
@@ -314,15 +385,15 @@ impl Common {
 }
 
 /// What a prompt leaves of the context, or as much of it as was asked for.
-fn max_new_tokens(prompt_len: usize, asked: Option<u32>, context: usize) -> Result<u32, ApiError> {
+fn max_new_tokens(prompt_len: usize, asked: Option<u32>, clip: bool, context: usize) -> Result<u32, ApiError> {
     if prompt_len == 0 {
         return Err(ApiError::field("prompt", "must not be empty"));
     }
     let left = u32::try_from(context.saturating_sub(prompt_len)).unwrap_or(u32::MAX);
     match asked {
-        Some(0) => Err(ApiError::field("max_tokens", "must be at least 1")),
+        Some(0) => Err(ApiError::field("max_tokens", "must be at least 1 in a chat")),
         Some(asked) if asked <= left => Ok(asked),
-        None if left > 0 => Ok(left),
+        asked if left > 0 && (clip || asked.is_none()) => Ok(left),
         _ => {
             let new = asked.unwrap_or(1);
             Err(ApiError::context_length(format!(
@@ -370,6 +441,32 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_there_is_refused_when_it_is_asked_for() {
+        for (json, name) in [
+            (r#"{"suffix": "end"}"#, "suffix"),
+            (r#"{"tools": [{"type": "function"}]}"#, "tools"),
+            (r#"{"response_format": {"type": "json_object"}}"#, "response_format"),
+            (r#"{"modalities": ["text", "audio"]}"#, "modalities"),
+        ] {
+            assert_eq!(common(json).refuse_unsupported().unwrap_err().param.as_deref(), Some(name), "{json}");
+        }
+        let nothing = r#"{"suffix": null, "tools": [], "response_format": {"type": "text"}, "modalities": ["text"]}"#;
+        assert!(common(nothing).refuse_unsupported().is_ok());
+    }
+
+    #[test]
+    fn the_field_that_cannot_be_read_is_named() {
+        for (json, name) in [
+            (r#"{"max_tokens": 1.5}"#, "max_tokens"),
+            (r#"{"stream_options": {"include_usage": 1}}"#, "stream_options.include_usage"),
+        ] {
+            assert_eq!(parse::<Common>(json.as_bytes()).err().unwrap().param.as_deref(), Some(name));
+        }
+        assert_eq!(parse::<Common>(b"{").err().unwrap().param, None);
+        assert!(parse::<Common>(b"{} {}").is_err());
+    }
+
+    #[test]
     fn stop_is_a_string_or_a_list() {
         assert_eq!(common(r#"{"stop": "a"}"#).stop_strings().unwrap(), ["a"]);
         assert_eq!(common(r#"{"stop": ["a", "b"]}"#).stop_strings().unwrap(), ["a", "b"]);
@@ -380,13 +477,15 @@ mod tests {
 
     #[test]
     fn new_tokens_fit_the_context() {
-        assert_eq!(max_new_tokens(5, None, 10).unwrap(), 5);
-        assert_eq!(max_new_tokens(5, Some(5), 10).unwrap(), 5);
-        for (prompt, asked) in [(5, Some(6)), (10, None), (11, None), (10, Some(1))] {
-            assert_eq!(max_new_tokens(prompt, asked, 10).unwrap_err().code, Some("context_length_exceeded"));
+        for (asked, clip) in [(None, false), (Some(5), false), (Some(9), true)] {
+            assert_eq!(max_new_tokens(5, asked, clip, 10).unwrap(), 5);
         }
-        assert!(max_new_tokens(0, None, 10).is_err());
-        assert!(max_new_tokens(5, Some(0), 10).is_err());
+        assert!(max_new_tokens(10, Some(1), true, 10).is_err());
+        for (prompt, asked) in [(5, Some(6)), (10, None), (11, None), (10, Some(1))] {
+            assert_eq!(max_new_tokens(prompt, asked, false, 10).unwrap_err().code, Some("context_length_exceeded"));
+        }
+        assert!(max_new_tokens(0, None, false, 10).is_err());
+        assert!(max_new_tokens(5, Some(0), false, 10).is_err());
     }
 
     #[test]
@@ -396,6 +495,12 @@ mod tests {
         let parts = r#"{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}"#;
         assert_eq!(message(parts).unwrap().content, "ab");
         assert_eq!(message(r#"{"role": "developer", "content": null}"#).unwrap().role, Role::System);
-        assert!(message(r#"{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}"#).is_err());
+        for json in [
+            r#"{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}"#,
+            r#"{"role": "tool", "content": "4", "tool_call_id": "1"}"#,
+            r#"{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}"#,
+        ] {
+            assert_eq!(message(json).unwrap_err().param.as_deref(), Some("messages"), "{json}");
+        }
     }
 }

@@ -14,6 +14,8 @@ pub(super) struct TextRules {
     pub(super) stop_strings: Vec<String>,
     /// The line break before an end id is part of the turn's end, not of its text.
     pub(super) trim_newline: bool,
+    /// Nothing of what is generated is shown.
+    pub(super) prompt_only: bool,
 }
 
 /// The text of one row so far.
@@ -87,6 +89,7 @@ impl Choice {
                     self.next_prompt += 1;
                 }
             }
+            Event::Token { .. } if self.rules.prompt_only => {}
             Event::Token { id, logprobs } => {
                 self.num_tokens += 1;
                 if self.rules.end_ids.contains(&id) {
@@ -119,7 +122,7 @@ impl Choice {
         if finish.text_len.is_some() {
             self.tokens.retain(|token| token.start < end);
         }
-        self.finished = Some(finish.reason);
+        self.finished = Some(if self.rules.prompt_only { FinishReason::Length } else { finish.reason });
     }
 
     /// What became certain since the last call: text that cannot turn out to be the beginning of a stop string.

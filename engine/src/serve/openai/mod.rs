@@ -9,8 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::State;
-use axum::extract::rejection::BytesRejection;
+use axum::extract::{Extension, Path, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::future;
@@ -18,7 +17,7 @@ use serde_json::{Value, json};
 
 use crate::request::{Event, FinishReason, RowError};
 
-use super::rows::TrackedRow;
+use super::rows::{Tally, TrackedRow};
 use super::{Server, new_id};
 
 use self::body::{Dialect, Plan};
@@ -31,30 +30,45 @@ const MAX_WAITING_ROWS: usize = 4096;
 const RETRY_AFTER_SECONDS: &str = "5";
 
 pub(super) async fn models(State(server): State<Arc<Server>>) -> Json<Value> {
-    let id = &server.engine.info().model_name;
-    let model = json!({"id": id, "object": "model", "created": 0, "owned_by": "nemotron"});
-    Json(json!({"object": "list", "data": [model]}))
+    Json(json!({"object": "list", "data": [served(&server)]}))
 }
 
-pub(super) async fn completions(server: State<Arc<Server>>, body: Result<Bytes, BytesRejection>) -> Response {
-    complete(Dialect::Completions, server.0, body).await.unwrap_or_else(IntoResponse::into_response)
+pub(super) async fn model(State(server): State<Arc<Server>>, Path(id): Path<String>) -> Response {
+    if id == server.engine.info().model_name {
+        return Json(served(&server)).into_response();
+    }
+    let unknown = ApiError::invalid(format!("the model `{id}` does not exist"));
+    ApiError { status: StatusCode::NOT_FOUND, code: Some("model_not_found"), ..unknown }.into_response()
 }
 
-pub(super) async fn chat_completions(server: State<Arc<Server>>, body: Result<Bytes, BytesRejection>) -> Response {
-    complete(Dialect::Chat, server.0, body).await.unwrap_or_else(IntoResponse::into_response)
+fn served(server: &Server) -> Value {
+    json!({"id": server.engine.info().model_name, "object": "model", "created": 0, "owned_by": "nemotron"})
 }
 
-/// Anything else below `/v1`.
-pub(super) fn unknown_route() -> Response {
-    ApiError { status: StatusCode::NOT_FOUND, ..ApiError::invalid("there is no such endpoint") }.into_response()
+pub(super) async fn completions(server: State<Arc<Server>>, tally: Extension<Arc<Tally>>, body: Bytes) -> Response {
+    complete(Dialect::Completions, server.0, &tally, body).await.unwrap_or_else(IntoResponse::into_response)
+}
+
+pub(super) async fn chat_completions(
+    server: State<Arc<Server>>,
+    tally: Extension<Arc<Tally>>,
+    body: Bytes,
+) -> Response {
+    complete(Dialect::Chat, server.0, &tally, body).await.unwrap_or_else(IntoResponse::into_response)
+}
+
+/// A refusal of any route below `/v1`.
+pub(super) fn error(status: StatusCode, text: &str) -> Response {
+    let code = (status == StatusCode::UNAUTHORIZED).then_some("invalid_api_key");
+    ApiError { status, code, ..ApiError::invalid(text) }.into_response()
 }
 
 async fn complete(
     dialect: Dialect,
     server: Arc<Server>,
-    body: Result<Bytes, BytesRejection>,
+    tally: &Arc<Tally>,
+    body: Bytes,
 ) -> Result<Response, ApiError> {
-    let body = body.map_err(|error| ApiError { status: error.status(), ..ApiError::invalid(error.body_text()) })?;
     if server.engine.stats().waiting >= MAX_WAITING_ROWS {
         return Err(ApiError {
             status: StatusCode::TOO_MANY_REQUESTS,
@@ -73,7 +87,7 @@ async fn complete(
         .into_iter()
         .map(|request| {
             let choice = Choice::new(&server.tokenizer, &request.prompt, plan.echo, plan.rules.clone());
-            Ok((TrackedRow::submit(&server.engine, group, &server.metrics, request)?, choice))
+            Ok((TrackedRow::submit(&server, tally, group, request)?, choice))
         })
         .collect::<Result<Vec<_>, RowError>>()?;
     if plan.stream {
@@ -229,6 +243,7 @@ impl From<RowError> for ApiError {
         match error {
             RowError::EmptyPrompt | RowError::UnknownToken { .. } => Self::field("prompt", message),
             RowError::TooLong { .. } | RowError::KvTooSmall { .. } => Self::context_length(message),
+            RowError::OnlyScores | RowError::CannotScore => Self::invalid(message),
             RowError::ShuttingDown => Self { status: StatusCode::SERVICE_UNAVAILABLE, ..Self::invalid(message) },
             RowError::EngineFailed(_) | RowError::NotFinite => Self::internal(message),
         }
