@@ -133,6 +133,6 @@ async fn conversations_and_tritons_clients_get_the_same_values() {
 async fn a_model_that_writes_does_not_score() {
     let server = Server::start();
     let (status, answer) = server.ask(Method::PUT, "/score", &json!({"sentences": ["a"]})).await;
-    assert!(status == 400 && answer.to_string().contains("no reward head"), "{answer}");
+    assert!(status == 400 && answer["message"].to_string().contains("no reward head"), "{answer}");
     assert_eq!(server.get("/v2/models/reward_model").await.0, StatusCode::NOT_FOUND);
 }

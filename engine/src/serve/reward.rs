@@ -81,7 +81,10 @@ async fn scores(server: &Arc<Server>, tally: &Arc<Tally>, request: Request) -> R
     })
     .await?;
     let exceeded: Vec<bool> = texts.iter().map(|text| text.exceeded).collect();
-    let rewards = rewards(server, tally, texts).await.map_err(|error| failed(error, true))?;
+    let rewards = rewards(server, tally, texts).await.map_err(|error| match error {
+        RowError::ShuttingDown | RowError::EngineFailed(_) | RowError::NotFinite => failed(error, true),
+        error => message(StatusCode::BAD_REQUEST, &error.to_string()),
+    })?;
     let names: Vec<Cow<'_, str>> = (0..rewards.first().map_or(0, Vec::len)).map(name).collect();
     let scalars: Vec<Option<f32>> = rewards.iter().map(|values| scalar(values)).collect();
     let reply = json!({"attributes": names, "rewards": rewards, "scores": scalars, "exceeded": exceeded});
