@@ -48,7 +48,9 @@ pub fn launch(args: &LaunchArgs, environment: &Environment, host: &Host) -> Outc
         job: args.task.job.as_deref(),
         default_profile: None,
     };
-    let mut resolved = resolve(&selection, None, environment, host)?;
+    // What would be done can be said without the weights.
+    let weights = if args.dry_run { named } else { Model::weights };
+    let mut resolved = resolve_with(&selection, None, weights, environment, host)?;
     resolved.spec.name = args.name.clone().unwrap_or_default();
     Ok(resolved)
 }
@@ -159,11 +161,7 @@ pub fn render(args: &RenderArgs, environment: &Environment, host: &Host) -> Outc
         job: args.task.job.as_deref(),
         ..Selection::default()
     };
-    let weights = |model| match model {
-        Model::Source(source) => Ok(source),
-        Model::Architecture(name) => Ok(ModelSource::Path(name.into())),
-    };
-    let mut resolved = resolve_with(&selection, None, weights, environment, host)?;
+    let mut resolved = resolve_with(&selection, None, named, environment, host)?;
     if resolved.spec.site.is_none() {
         return Err(Failure::msg(Exit::Usage, format!("cluster {} has no batch script", resolved.spec.cluster))
             .hint("name a cluster with Slurm: --cluster generic, or one of `nemotron clusters list`"));
@@ -171,6 +169,14 @@ pub fn render(args: &RenderArgs, environment: &Environment, host: &Host) -> Outc
     resolved.spec.name = args.name.clone().unwrap_or_else(|| resolved.spec.profile.clone());
     check_name(&resolved.spec.name)?;
     Ok(resolved)
+}
+
+/// Where the weights would be; an architecture stands for a checkpoint of its name.
+fn named(model: Model) -> Outcome<ModelSource> {
+    match model {
+        Model::Source(source) => Ok(source),
+        Model::Architecture(name) => Ok(ModelSource::Path(name.into())),
+    }
 }
 
 fn resolve(selection: &Selection<'_>, limit: Option<u64>, environment: &Environment, host: &Host) -> Outcome<Resolved> {

@@ -449,5 +449,8 @@ fn nothing_starts_in_a_dry_run() {
     let world = World::new();
     let shown = world.stdout(&["launch", "--profile", "cpu", "--serve", "--dry-run"]);
     assert!(shown.contains("[mesh]"), "{shown}");
+    // Neither devices nor weights are here.
+    let shown = world.stdout(&["launch", "--profile", "h100x16", "--serve", "--dry-run"]);
+    assert!(shown.contains("tp = 8") && shown.contains("nemotron-4-340b"), "{shown}");
     assert!(!world.path("runs").exists());
 }
