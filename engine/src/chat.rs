@@ -310,7 +310,7 @@ mod tests {
         let error = template.render(&conversation(&[(User, "a"), (System, "b")]), "", "").unwrap_err();
         assert!(error.source().unwrap().to_string().contains("a system message may only come first"), "{error:?}");
         let error = ChatTemplate::builtin("nemo").unwrap_err().to_string();
-        assert_eq!(error, "no built-in chat template \"nemo\"; there are: nemotron");
+        assert_eq!(error, "no built-in chat template \"nemo\"; there are: nemotron, annotator");
     }
 
     #[test]

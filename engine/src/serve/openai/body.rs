@@ -259,9 +259,10 @@ fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
     let mut reader = serde_json::Deserializer::from_slice(body);
     let parsed = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
         let at = error.path().to_string();
-        match at.as_str() {
-            "." => ApiError::invalid(error.inner().to_string()),
-            _ => ApiError::field(&at, error.inner()),
+        // No field is to blame for what is no JSON, or no object.
+        match error.inner().is_data() && at != "." {
+            true => ApiError::field(&at, error.inner()),
+            false => ApiError::invalid(error.inner().to_string()),
         }
     })?;
     reader.end().map_err(|error| ApiError::invalid(error.to_string()))?;
