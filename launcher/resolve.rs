@@ -207,9 +207,12 @@ fn resolve_with(
     };
     let model = Model::of_settings(&settings, environment)?;
     let (model_name, config) = model.describe()?;
+    let has_weights = matches!(model, Model::Source(_));
     let model = weights(model)?;
     let plan = Plan::new(plan::Model { name: &model_name, config: &config }, &settings, host)?.check(&config, host)?;
-    checkpoint::preflight(&model, plan.mesh)?;
+    if has_weights {
+        checkpoint::preflight(&model, plan.mesh)?;
+    }
     let ranks_here = plan.hardware.devices_per_node;
     let site = Site::of_settings(&settings, &plan, environment)?;
     let threads = settings.count("threads").or(site.as_ref().and_then(|site| site.cpus_per_task));

@@ -357,7 +357,7 @@ fn a_job_that_is_stopped_says_so() {
 #[test]
 fn a_job_with_retries_goes_on_after_a_lost_rank() {
     let world = World::new();
-    let job = job_file(&world, 60, 60);
+    let job = job_file(&world, 200, 60);
     let undisturbed = world.output(&["batch", "--job", job.to_str().unwrap()]);
     assert!(undisturbed.status.success(), "{undisturbed:?}");
     let expected = responses(&world);
@@ -377,7 +377,7 @@ fn a_job_with_retries_goes_on_after_a_lost_rank() {
     let attempts = report["attempts"].as_array().unwrap();
     assert_eq!(attempts.iter().map(|one| one["end"]["exit_code"].as_u64().unwrap()).collect::<Vec<_>>(), [25, 0]);
     let rows: u64 = attempts.iter().map(|one| one["rows"].as_u64().unwrap()).sum();
-    assert_eq!((rows, report["nodes_blamed"].as_array().unwrap().len()), (60, 1), "{report}");
+    assert_eq!((rows, report["nodes_blamed"].as_array().unwrap().len()), (200, 1), "{report}");
     assert!(report["device_hours"]["useful"].as_f64() > Some(0.0), "{report}");
     let events = world.stdout(&["events", "again"]);
     assert!(events.contains("handed_on") && events.contains("was killed by SIGKILL"), "{events}");
