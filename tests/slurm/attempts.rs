@@ -113,7 +113,7 @@ fn kill_rank(cluster: &Cluster, run: &str, rank: usize) {
 
 /// The shortest that Slurm has; the rows need longer. Whoever resumes it may take other ranks and more time.
 fn a_time_limit(cluster: &Cluster) {
-    let work = Work::new(cluster, "limit", 160, 200);
+    let work = Work::new(cluster, "limit", 1200, 200);
     work.launch(cluster, "limit", &["--time", "1", "--set", "limits.max_sequences=1"]);
     let (code, _, stderr) = cluster.nemotron(&["wait", "limit", "--for", "done", "--timeout", "90"]);
     assert_eq!(code, 30, "{stderr}");
@@ -135,7 +135,7 @@ fn a_time_limit(cluster: &Cluster) {
 
 fn a_chain_of_jobs(cluster: &Cluster) {
     // Many short rows, so that even a slow machine completes some in each job, and a fast one not all.
-    let work = Work::new(cluster, "chain", 600, 10);
+    let work = Work::new(cluster, "chain", 3000, 10);
     work.launch(cluster, "chain", &["--chain", "60", "--set", "job.deadline=7s", "--set", "limits.max_sequences=1"]);
     work.is_whole(cluster, "chain");
     let report = report(cluster, "chain");
@@ -150,7 +150,7 @@ fn a_chain_of_jobs(cluster: &Cluster) {
 
 /// Preempted, requeued by hand, a node down, held: each time with the same job, until it is held; then with another.
 fn nodes_that_are_taken_away(cluster: &Cluster) {
-    let work = Work::new(cluster, "taken", 120, 100);
+    let work = Work::new(cluster, "taken", 600, 100);
     let common = ["--partition", "low", "--set", "slurm.requeue=true", "--set", "slurm.exclusive=true"];
     work.launch(cluster, "taken", &[&common[..], &["--set", "limits.max_sequences=4"]].concat());
     let job = cluster.job("taken");
@@ -196,7 +196,7 @@ fn nodes_that_are_taken_away(cluster: &Cluster) {
 
 /// The first time on the same nodes, the second time with another job, which cannot avoid the node: there are no others.
 fn ranks_that_are_lost(cluster: &Cluster) {
-    let work = Work::new(cluster, "lost", 120, 100);
+    let work = Work::new(cluster, "lost", 400, 100);
     work.launch(cluster, "lost", &["--retries", "3", "--set", "limits.max_sequences=4"]);
     let first = cluster.job("lost");
     for attempt in 0..2 {
