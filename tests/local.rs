@@ -377,7 +377,9 @@ fn a_job_with_retries_goes_on_after_a_lost_rank() {
     let attempts = report["attempts"].as_array().unwrap();
     assert_eq!(attempts.iter().map(|one| one["end"]["exit_code"].as_u64().unwrap()).collect::<Vec<_>>(), [25, 0]);
     let rows: u64 = attempts.iter().map(|one| one["rows"].as_u64().unwrap()).sum();
-    assert_eq!((rows, report["nodes_blamed"].as_array().unwrap().len()), (200, 1), "{report}");
+    // The rows of a killed attempt's last moment are in the journal, but nobody was told.
+    assert!(rows > 100 && rows <= 200, "{report}");
+    assert_eq!((&report["rows"]["rows_done"], report["nodes_blamed"].as_array().unwrap().len()), (&200.into(), 1));
     assert!(report["device_hours"]["useful"].as_f64() > Some(0.0), "{report}");
     let events = world.stdout(&["events", "again"]);
     assert!(events.contains("handed_on") && events.contains("was killed by SIGKILL"), "{events}");
