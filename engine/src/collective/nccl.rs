@@ -16,12 +16,15 @@ use nemotron_kernels::ops::{GemmReduce, Store};
 
 use super::{Collective, CollectiveError};
 use crate::backend::BackendError;
-use crate::backend::cuda::{Buffer, CudaBackend, Device, Memory, open_library};
+use crate::backend::cuda::libraries::functions;
+use crate::backend::cuda::{Buffer, CudaBackend, Device, Memory};
 use crate::config::Mesh;
 
 /// Sums of at most so many bytes go in one exchange.
 const SHORT_BYTES: usize = 512 << 10;
 const FLOAT: usize = 4;
+
+const NAMES: &[&str] = &["libnccl.so.2", "libnccl.so"];
 
 // Values of nccl.h.
 const SUCCESS: c_int = 0;
@@ -53,30 +56,8 @@ struct Config {
     split_share: c_int,
 }
 
-/// Declares the table of functions and how it is filled.
-macro_rules! functions {
-    ($($field:ident = $name:literal ( $($argument:ty),* ) -> $result:ty;)*) => {
-        struct Functions {
-            $($field: unsafe extern "C" fn($($argument),*) -> $result,)*
-        }
-
-        impl Functions {
-            fn load(folders: &[PathBuf]) -> Result<Self, BackendError> {
-                let library = open_library(&["libnccl.so.2", "libnccl.so"], &[$($name),*], folders)?;
-                let missing = |error: libloading::Error| BackendError::Unavailable { device: "CUDA", reason: error.to_string() };
-                let functions = Self {
-                    // SAFETY: the signature is that of the function's declaration in nccl.h.
-                    $($field: *unsafe { library.get($name) }.map_err(missing)?,)*
-                };
-                // Its threads may outlive whoever loaded it.
-                std::mem::forget(library);
-                Ok(functions)
-            }
-        }
-    };
-}
-
 functions! {
+    NAMES;
     get_unique_id = "ncclGetUniqueId" (*mut UniqueId) -> c_int;
     init_rank = "ncclCommInitRankConfig" (*mut Comm, c_int, UniqueId, c_int, *mut Config) -> c_int;
     split = "ncclCommSplit" (Comm, c_int, c_int, *mut Comm, *mut Config) -> c_int;

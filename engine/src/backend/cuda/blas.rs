@@ -10,7 +10,7 @@ use std::ptr::{self, null_mut};
 use std::sync::Arc;
 
 use super::device::{Device, Memory};
-use super::libraries;
+use super::libraries::functions;
 use crate::backend::BackendError;
 
 /// Rows are filled up to a multiple of this.
@@ -45,45 +45,23 @@ struct Heuristic {
     reserved: [c_int; 4],
 }
 
-/// Declares the table of functions and how it is filled.
-macro_rules! functions {
-    ($($field:ident = $name:literal ( $($argument:ty),* );)*) => {
-        struct Functions {
-            $($field: unsafe extern "C" fn($($argument),*) -> Status,)*
-        }
-
-        impl Functions {
-            fn load(folders: &[PathBuf]) -> Result<Self, BackendError> {
-                let library = libraries::open(NAMES, &[$($name),*], folders)?;
-                let missing = |error: libloading::Error| libraries::unavailable(error.to_string());
-                let functions = Self {
-                    // SAFETY: the signature is that of the function's declaration in cublasLt.h.
-                    $($field: *unsafe { library.get($name) }.map_err(missing)?,)*
-                };
-                // What it runs may outlive whoever loaded it.
-                std::mem::forget(library);
-                Ok(functions)
-            }
-        }
-    };
-}
-
 functions! {
-    create = "cublasLtCreate" (*mut Handle);
-    destroy = "cublasLtDestroy" (Handle);
-    desc_create = "cublasLtMatmulDescCreate" (*mut Handle, c_int, c_int);
-    desc_set = "cublasLtMatmulDescSetAttribute" (Handle, c_int, *const c_void, usize);
-    desc_destroy = "cublasLtMatmulDescDestroy" (Handle);
-    layout_create = "cublasLtMatrixLayoutCreate" (*mut Handle, c_int, u64, u64, i64);
-    layout_destroy = "cublasLtMatrixLayoutDestroy" (Handle);
-    preference_create = "cublasLtMatmulPreferenceCreate" (*mut Handle);
-    preference_set = "cublasLtMatmulPreferenceSetAttribute" (Handle, c_int, *const c_void, usize);
-    preference_destroy = "cublasLtMatmulPreferenceDestroy" (Handle);
+    NAMES;
+    create = "cublasLtCreate" (*mut Handle) -> Status;
+    destroy = "cublasLtDestroy" (Handle) -> Status;
+    desc_create = "cublasLtMatmulDescCreate" (*mut Handle, c_int, c_int) -> Status;
+    desc_set = "cublasLtMatmulDescSetAttribute" (Handle, c_int, *const c_void, usize) -> Status;
+    desc_destroy = "cublasLtMatmulDescDestroy" (Handle) -> Status;
+    layout_create = "cublasLtMatrixLayoutCreate" (*mut Handle, c_int, u64, u64, i64) -> Status;
+    layout_destroy = "cublasLtMatrixLayoutDestroy" (Handle) -> Status;
+    preference_create = "cublasLtMatmulPreferenceCreate" (*mut Handle) -> Status;
+    preference_set = "cublasLtMatmulPreferenceSetAttribute" (Handle, c_int, *const c_void, usize) -> Status;
+    preference_destroy = "cublasLtMatmulPreferenceDestroy" (Handle) -> Status;
     heuristic = "cublasLtMatmulAlgoGetHeuristic"
-        (Handle, Handle, Handle, Handle, Handle, Handle, Handle, c_int, *mut Heuristic, *mut c_int);
+        (Handle, Handle, Handle, Handle, Handle, Handle, Handle, c_int, *mut Heuristic, *mut c_int) -> Status;
     matmul = "cublasLtMatmul"
         (Handle, Handle, *const f32, *const c_void, Handle, *const c_void, Handle, *const f32, *const c_void, Handle,
-         *mut c_void, Handle, *const Algorithm, *mut c_void, usize, *mut c_void);
+         *mut c_void, Handle, *const Algorithm, *mut c_void, usize, *mut c_void) -> Status;
 }
 
 /// A weight matrix, and the rows that a product with it can have at most.

@@ -65,7 +65,7 @@ pub(super) fn driver() -> Result<i32, BackendError> {
 ///
 /// # Errors
 /// There is none; the text says what was tried.
-pub fn open(names: &[&str], symbols: &[&str], folders: &[PathBuf]) -> Result<Library, BackendError> {
+pub(crate) fn open(names: &[&str], symbols: &[&str], folders: &[PathBuf]) -> Result<Library, BackendError> {
     let in_folders = folders.iter().flat_map(|folder| names.iter().map(move |name| folder.join(name)));
     let candidates = in_folders.filter(|path| path.exists()).chain(names.iter().map(PathBuf::from));
     let mut tried = Vec::new();
@@ -77,6 +77,32 @@ pub fn open(names: &[&str], symbols: &[&str], folders: &[PathBuf]) -> Result<Lib
     }
     Err(unavailable(format!("{} is not usable ({})", names[0], tried.join("; "))))
 }
+
+/// Declares `Functions`, a table of a library's functions, and how it is loaded from the first of the names that has them all. Each signature
+/// must be that of the function's declaration in the library's header.
+macro_rules! functions {
+    ($names:expr; $($field:ident = $name:literal ( $($argument:ty),* ) -> $result:ty;)*) => {
+        struct Functions {
+            $($field: unsafe extern "C" fn($($argument),*) -> $result,)*
+        }
+
+        impl Functions {
+            fn load(folders: &[std::path::PathBuf]) -> Result<Self, $crate::backend::BackendError> {
+                use $crate::backend::cuda::libraries;
+                let library = libraries::open($names, &[$($name),*], folders)?;
+                let missing = |error: libloading::Error| libraries::unavailable(error.to_string());
+                let functions = Self {
+                    // SAFETY: whoever wrote the line took the signature from the library's header.
+                    $($field: *unsafe { library.get($name) }.map_err(missing)?,)*
+                };
+                // What it runs, and its threads, may outlive whoever loaded it.
+                std::mem::forget(library);
+                Ok(functions)
+            }
+        }
+    };
+}
+pub(crate) use functions;
 
 fn try_open(path: &Path, symbols: &[&str]) -> Result<Library, String> {
     // SAFETY: NVIDIA's own library; its initialisers have no preconditions, and it is never unloaded while it is used.
@@ -92,7 +118,7 @@ fn has(library: &Library, symbol: &str) -> bool {
     unsafe { library.get::<*const ()>(symbol) }.is_ok()
 }
 
-pub(super) fn unavailable(reason: String) -> BackendError {
+pub(crate) fn unavailable(reason: String) -> BackendError {
     BackendError::Unavailable { device: "CUDA", reason }
 }
 

@@ -8,7 +8,7 @@ mod blas;
 mod ceiling;
 mod device;
 mod graphs;
-mod libraries;
+pub(crate) mod libraries;
 mod sample;
 mod step;
 mod weights;
@@ -21,7 +21,6 @@ use nemotron_kernels::Ptr;
 use nemotron_kernels::ops::{AddNorm, Attention, AttentionCombine, Embed, Gemm, GemmReduce, RopeAppend, Sizes, Store};
 
 pub use self::device::{Device, Memory, Pinned};
-pub use self::libraries::open as open_library;
 
 use self::blas::{Blas, ROW_TILE, Shape};
 use self::graphs::Graphs;

@@ -35,7 +35,7 @@ pub(super) enum PieceKind {
 
 impl ModelFile {
     /// # Errors
-    /// The bytes are no such file, or the model does something that is not implemented here.
+    /// The bytes are no such file, or the model is none of BPE, or has rules that this encoder does not know: the error names them.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, TokenizerError> {
         const UNIGRAM: u64 = 1;
         const BPE: u64 = 2;
