@@ -12,9 +12,13 @@ use clap::builder::{NonEmptyStringValueParser, PossibleValuesParser};
 use clap::{Args, ColorChoice, CommandFactory, Parser, Subcommand, ValueEnum};
 use nemotron_engine::job::JobSampling;
 
+mod bench;
+mod checkpoints;
 mod runs;
 mod slurm;
 
+pub use self::bench::*;
+pub use self::checkpoints::*;
 pub use self::runs::*;
 pub use self::slurm::*;
 use crate::keys;
@@ -279,64 +283,6 @@ pub enum ClustersCommand {
 }
 
 #[derive(Clone, Debug, Args)]
-#[command(after_help = "Exit code: 22 when the checkpoint is incomplete, damaged or of another architecture.")]
-pub struct InspectArgs {
-    /// Directory or file of a checkpoint, or `builtin`
-    pub model: String,
-    /// Profile whose ranks' reading plans are shown [default: h100x16, where the model can be cut so]
-    #[arg(long, value_name = "NAME")]
-    pub profile: Option<String>,
-    /// Read every byte: hash the files, compare them with the manifest if there is one, look for NaN and infinities
-    #[arg(long)]
-    pub verify: bool,
-    /// With --verify: write the manifest, with which every later load is compared
-    #[arg(long, requires = "verify")]
-    pub write_manifest: bool,
-    /// Read what the ranks of the profile read, all at the same time, and say how fast
-    #[arg(long)]
-    pub read: bool,
-    /// Print one JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// What `convert` writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ConvertTo {
-    /// Hugging Face safetensors, as transformers reads them
-    Hf,
-    /// One file a rank of the mesh --tp × --pp, in the order in which it is read
-    Shards,
-}
-
-#[derive(Clone, Debug, Args)]
-#[command(after_help = "Examples:
-  nemotron convert /models/Nemotron-4-340B-Instruct /scratch/340b-tp8pp2 --to shards --tp 8 --pp 2
-  nemotron convert model.gguf model-hf --to hf
-A conversion that was stopped goes on with the same command. The output has a manifest with which every load is compared.")]
-pub struct ConvertArgs {
-    /// Directory or file of a checkpoint, or `builtin`
-    pub model: String,
-    /// Directory to write: empty, not there yet, or of the same conversion
-    pub output: PathBuf,
-    /// Format
-    #[arg(long, value_name = "FORMAT")]
-    pub to: ConvertTo,
-    /// Tensor-parallel ranks that the shards are for
-    #[arg(long, value_name = "N", default_value = "1")]
-    pub tp: std::num::NonZeroUsize,
-    /// Pipeline stages that the shards are for
-    #[arg(long, value_name = "N", default_value = "1")]
-    pub pp: std::num::NonZeroUsize,
-    /// Gigabytes of a Hugging Face file at most
-    #[arg(long, value_name = "GB", default_value = "5")]
-    pub shard_gb: std::num::NonZeroU64,
-    /// Print one JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
-}
-
-#[derive(Clone, Debug, Args)]
 #[command(after_help = "Examples:
   nemotron generate --run latest --prompt \"Write a poem on NVIDIA in the style of Shakespeare\"
   echo \"Shall I compare thee\" | nemotron generate --url http://127.0.0.1:1424 --raw --prompt -")]
@@ -452,73 +398,6 @@ pub struct BatchArgs {
     /// Check the job file, the input and the plan, then stop
     #[arg(long)]
     pub dry_run: bool,
-}
-
-#[derive(Clone, Debug, Subcommand)]
-pub enum BenchCommand {
-    /// One rank's part of a large model alone on one device, with random weights and no other ranks
-    Rank(BenchRankArgs),
-}
-
-#[derive(Clone, Debug, Args)]
-pub struct BenchRankArgs {
-    #[command(flatten)]
-    pub engine: EngineArgs,
-    /// Stage of the pipeline whose first rank is measured
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub stage: usize,
-    /// Only so many of the stage's layers
-    #[arg(long, value_name = "N")]
-    pub layers: Option<std::num::NonZeroUsize>,
-    /// Rows that decode at the same time; repeatable
-    #[arg(long = "batch", value_name = "N", default_values_t = [1, 8, 32, 64, 128], value_parser = sizes(1..=256))]
-    pub batches: Vec<usize>,
-    /// Length of a prompt whose prefill is measured; repeatable
-    #[arg(long = "prompt-tokens", value_name = "N", default_values_t = [512, 2048], value_parser = sizes(1..=4096))]
-    pub prompt_tokens: Vec<usize>,
-    /// Tokens in the cache of each row that decodes
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = sizes(1..=4096))]
-    pub context: usize,
-    /// Print one JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// Numbers in a range.
-fn sizes(range: std::ops::RangeInclusive<u64>) -> impl clap::builder::TypedValueParser<Value = usize> {
-    use clap::builder::TypedValueParser as _;
-    clap::value_parser!(u64).range(range).map(|size| size as usize)
-}
-
-#[derive(Clone, Debug, Args)]
-#[command(args_conflicts_with_subcommands = true)]
-pub struct BenchArgs {
-    #[command(subcommand)]
-    pub command: Option<BenchCommand>,
-    /// Directory of a checkpoint, or `builtin` [default: builtin]
-    #[arg(long, value_name = "DIR")]
-    pub model: Option<String>,
-    /// The same without the flag
-    #[arg(value_name = "MODEL", conflicts_with = "model")]
-    pub model_argument: Option<String>,
-    /// Threads that compute [default: all cores]
-    #[arg(long, value_name = "N")]
-    pub threads: Option<std::num::NonZeroUsize>,
-    /// Precision: bf16 operands with f32 sums, or all f32
-    #[arg(long, value_name = "DTYPE", default_value = "bf16", value_parser = PossibleValuesParser::new(["bf16", "f32"]))]
-    pub dtype: String,
-    /// Length of a prompt whose prefill is measured; repeatable
-    #[arg(long = "prompt-tokens", value_name = "N", default_values_t = [128, 512, 2048], value_parser = clap::value_parser!(u32).range(1..))]
-    pub prompt_tokens: Vec<u32>,
-    /// Steps of decoding that are measured
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
-    pub new_tokens: u32,
-    /// Rows that decode at the same time; repeatable
-    #[arg(long = "batch", value_name = "N", default_values_t = [1, 4, 16, 64], value_parser = clap::value_parser!(u32).range(1..=256))]
-    pub batches: Vec<u32>,
-    /// Print one JSON object on stdout
-    #[arg(long)]
-    pub json: bool,
 }
 
 #[derive(Clone, Debug, Args)]
