@@ -220,12 +220,19 @@ fn a_row_that_breaks_the_engine_twice_is_quarantined() {
         let arguments = if attempt == 0 { Job::launch(&[]) } else { vec!["resume", "r"] };
         let mut launcher = job.start(&arguments);
         let deadline = Instant::now() + PATIENCE;
-        let mut status = job.status();
-        while status["stats"]["running"] != 1 || status["attempt"] != attempt {
-            assert!(Instant::now() < deadline && launcher.try_wait().unwrap().is_none(), "{status}");
-            std::thread::sleep(Duration::from_millis(10));
-            status = job.status();
-        }
+        // The header is there before the model is loaded; what comes next is the mark of the row that begins.
+        let size = || fs::metadata(job.journal(attempt)).map_or(0, |journal| journal.len());
+        let mut wait_beyond = |bytes| {
+            while size() <= bytes {
+                assert!(Instant::now() < deadline && launcher.try_wait().unwrap().is_none(), "{}", job.status());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            size()
+        };
+        let header = wait_beyond(0);
+        wait_beyond(header);
+        let status = job.status();
+        assert_eq!(status["attempt"], attempt, "{status}");
         let rank = status["ranks"][0]["process"]["pid"].as_i64().unwrap_or_else(|| panic!("{status}"));
         kill(Pid::from_raw(rank as i32), Signal::SIGABRT).unwrap();
         assert_eq!(launcher.wait().unwrap().code(), Some(25));
