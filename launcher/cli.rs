@@ -14,11 +14,13 @@ use nemotron_engine::job::JobSampling;
 
 mod bench;
 mod checkpoints;
+mod client;
 mod runs;
 mod slurm;
 
 pub use self::bench::*;
 pub use self::checkpoints::*;
+pub use self::client::*;
 pub use self::runs::*;
 pub use self::slurm::*;
 use crate::keys;
@@ -84,6 +86,8 @@ pub enum Command {
     Results(ResultsArgs),
     /// Send a prompt to a serving run and print the completion
     Generate(GenerateArgs),
+    /// Say what a serving reward model thinks of conversations
+    Score(ScoreArgs),
     /// Serve a model in the foreground on this host
     Serve(ServeArgs),
     /// Work through a job file in the foreground on this host
@@ -287,15 +291,6 @@ pub enum ClustersCommand {
   nemotron generate --run latest --prompt \"Write a poem on NVIDIA in the style of Shakespeare\"
   echo \"Shall I compare thee\" | nemotron generate --url http://127.0.0.1:1424 --raw --prompt -")]
 pub struct GenerateArgs {
-    /// Serving run to ask: a name, a unique prefix of it, or `latest`; goes before --url [default: latest]
-    #[arg(long, value_name = "RUN")]
-    pub run: Option<String>,
-    /// Server to ask, in place of a run
-    #[arg(long, value_name = "URL", env = crate::env::URL)]
-    pub url: Option<String>,
-    /// File that holds the server's token; a run's own is found by itself
-    #[arg(long, value_name = "FILE", env = crate::env::TOKEN_FILE)]
-    pub token_file: Option<PathBuf>,
     /// A prompt; repeatable; `-` reads it from stdin [default: -]
     #[arg(long = "prompt", value_name = "TEXT", allow_hyphen_values = true)]
     pub prompts: Vec<String>,
@@ -327,9 +322,8 @@ pub struct GenerateArgs {
     /// One JSON object a prompt
     #[arg(long)]
     pub json: bool,
-    /// Give up after so long (`90`, `90s`, `5m`, `2h`); waits forever when not given
-    #[arg(long, value_name = "DURATION", value_parser = crate::seconds::parse, env = crate::env::TIMEOUT)]
-    pub timeout: Option<Duration>,
+    #[command(flatten)]
+    pub server: ServerArgs,
     #[command(flatten)]
     pub sampling: SamplingArgs,
 }
@@ -513,6 +507,9 @@ mod tests {
         let Ok(Command::Generate(args)) = parse(line) else { panic!("generate") };
         assert!(!args.sampling.greedy && args.sampling.add_bos);
         assert_eq!(args.sampling.end_strings(), ["a", "--b"]);
-        assert_eq!((args.timeout, args.prompts.as_slice()), (Some(Duration::from_secs(120)), &["--x".to_owned()][..]));
+        assert_eq!(
+            (args.server.timeout, args.prompts.as_slice()),
+            (Some(Duration::from_secs(120)), &["--x".to_owned()][..])
+        );
     }
 }

@@ -1,9 +1,10 @@
-//! The HTTP client of a serving run: `PUT /generate` as NeMo's clients send it.
+//! The HTTP client of a serving run: `PUT /generate` as NeMo's clients send it, and `PUT /score`.
 
 use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_util::{StreamExt as _, stream};
+use nemotron_engine::chat::Message;
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -60,26 +61,53 @@ impl Client {
         &self,
         requests: impl Iterator<Item = GenerateRequest>,
         concurrency: usize,
-        mut take: impl FnMut(Generated) -> Outcome<bool>,
+        take: impl FnMut(Generated) -> Outcome<bool>,
     ) -> Outcome {
+        self.ask("/generate", requests, concurrency, |status, text| self.generated(status, text), take)
+    }
+
+    /// Sends conversations to a reward model, like [`Self::generate`].
+    ///
+    /// # Errors
+    /// Those of [`Self::generate`].
+    pub(crate) fn score<'a>(
+        &self,
+        conversations: impl Iterator<Item = &'a [Message]>,
+        concurrency: usize,
+        take: impl FnMut(Scores) -> Outcome<bool>,
+    ) -> Outcome {
+        let requests = conversations.map(|messages| json!({ "conversations": [messages] }));
+        let read = |status, text: &str| match status {
+            StatusCode::OK => serde_json::from_str(text)
+                .with_context(|| format!("{} does not answer as /score does", self.url))
+                .map_err(Failure::from),
+            _ => Err(self.refused(status, text)),
+        };
+        self.ask("/score", requests, concurrency, read, take)
+    }
+
+    fn ask<R: Serialize, A>(
+        &self,
+        route: &str,
+        requests: impl Iterator<Item = R>,
+        concurrency: usize,
+        read: impl Fn(StatusCode, &str) -> Outcome<A>,
+        mut take: impl FnMut(A) -> Outcome<bool>,
+    ) -> Outcome {
+        let answer = async |request: R| {
+            let response = self.request(Method::PUT, route, &request).send().await?;
+            Ok((response.status(), response.text().await?))
+        };
         self.runtime.block_on(async {
-            let mut answers = stream::iter(requests).map(|request| self.ask(request)).buffered(concurrency);
+            let mut answers = stream::iter(requests).map(answer).buffered(concurrency);
             while let Some(answer) = answers.next().await {
-                if !take(answer?)? {
+                let (status, text) = answer.map_err(|error| self.unanswered(error))?;
+                if !take(read(status, &text)?)? {
                     break;
                 }
             }
             Ok(())
         })
-    }
-
-    async fn ask(&self, request: GenerateRequest) -> Outcome<Generated> {
-        let answer = async {
-            let response = self.request(Method::PUT, "/generate", &request).send().await?;
-            Ok((response.status(), response.text().await?))
-        };
-        let (status, text) = answer.await.map_err(|error| self.unanswered(error))?;
-        self.generated(status, &text)
     }
 
     /// Gives `show` the text of a completion as it grows, without prompt and end string, until it wants no more; whether it still does.
@@ -193,6 +221,15 @@ impl Client {
 struct Answer {
     sentences: Vec<String>,
     tokens: Vec<Vec<String>>,
+}
+
+/// The answer of `PUT /score` to one conversation: lists of one.
+#[derive(Deserialize)]
+pub(crate) struct Scores {
+    pub(crate) attributes: Vec<String>,
+    pub(crate) rewards: Vec<Vec<f32>>,
+    pub(crate) scores: Vec<Option<f32>>,
+    pub(crate) exceeded: Vec<bool>,
 }
 
 /// The answer to one prompt.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use nemotron_engine::job::JobFile;
+use nemotron_engine::job::{JobFile, JobSampling};
 use toml::Value;
 
 use crate::config_file::{Document, rephrase};
@@ -11,7 +11,7 @@ use crate::env::Environment;
 use crate::report::{Exit, Failure, Outcome};
 
 /// Tables of a job file that `--set` can reach; the engine reads them.
-pub const TABLES: [&str; 5] = ["input", "output", "prompt", "sampling", "generation"];
+pub const TABLES: [&str; 6] = ["input", "output", "prompt", "sampling", "generation", "reward"];
 
 /// Keys of a job file that `--set` gave, dotted.
 pub type Overrides = BTreeMap<String, Value>;
@@ -101,6 +101,12 @@ fn check(file: &JobFile) -> Result<(), Fault> {
     ensure(prompt.user.is_none() || prompt.user_file.is_none(), "prompt.user", "set `user` or `user_file`, not both")?;
     ensure(!file.output.path.as_os_str().is_empty(), "output.path", "the path is empty")?;
     ensure(input.path.as_ref() != Some(&file.output.path), "output.path", "the output would overwrite the input")?;
+    if file.reward.is_some() {
+        let nothing = "a job with [reward] generates nothing: leave [sampling] out";
+        ensure(*sampling == JobSampling::default(), "sampling", nothing)?;
+        let once = "a job with [reward] scores each row once: leave samples_per_prompt out";
+        ensure(generation.samples_per_prompt == 1, "generation.samples_per_prompt", once)?;
+    }
     ensure(sampling.tokens_to_generate >= 1, "sampling.tokens_to_generate", "tokens_to_generate must be at least 1")?;
     ensure(
         sampling.temperature > 0.0 && sampling.temperature <= 100.0,
@@ -177,6 +183,8 @@ mod tests {
         check(&format!("{GOOD}[generation]\nmax_failed = 1.5\n"), "7:14: max_failed must be");
         check(&format!("{GOOD}[generation]\nsamples_per_prompt = 0\n"), "7:22: samples_per_prompt must be");
         check(&format!("{GOOD}[sampling]\ntop_k = -1\n"), "7:9: ");
+        check(&format!("{GOOD}[reward]\n[sampling]\ntop_k = 1\n"), "7:1: a job with [reward] generates nothing");
+        check(&format!("{GOOD}[reward]\nby = 'me'\n"), "7:1: unknown key `by`");
     }
 
     #[test]

@@ -43,6 +43,7 @@ pub mod report;
 pub mod resolve;
 mod rundir;
 pub(crate) mod seconds;
+mod server;
 pub mod settings;
 pub mod slurm;
 pub mod spec;
@@ -94,6 +95,7 @@ fn run(command: Command) -> Outcome {
         Command::Resume(args) => commands::resume::run(&args),
         Command::Results(args) => commands::results::run(&args),
         Command::Generate(args) => commands::generate::run(&args),
+        Command::Score(args) => commands::score::run(&args),
         Command::Serve(args) => commands::serve::run(&args),
         Command::Batch(args) => commands::batch::run(&args),
         Command::Bench(BenchArgs { command: Some(BenchCommand::Rank(args)), .. }) => commands::bench_rank::run(&args),

@@ -37,7 +37,7 @@ impl Preview {
         let measure = loaded.measure(plan.context);
         let best = plan.decode.iter().map(|roofline| roofline.tokens_per_second).reduce(f64::max);
         Ok(Self {
-            at_least_s: best.map(|rate| measure.max_new_tokens as f64 / rate),
+            at_least_s: best.filter(|_| measure.max_new_tokens > 0).map(|rate| measure.max_new_tokens as f64 / rate),
             measure,
             context: plan.context,
             first_prompt: if limit == Some(0) { String::new() } else { loaded.first_prompt(&tokenizer)? },

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use nemotron_engine::checkpoint;
+use nemotron_engine::config::ModelConfig;
 use nemotron_engine::rank::ModelSource;
 
 use crate::auto;
@@ -208,6 +209,9 @@ fn resolve_with(
     let model = Model::of_settings(&settings, environment)?;
     let (model_name, config) = model.describe()?;
     let has_weights = matches!(model, Model::Source(_));
+    if let Some(job) = job.as_ref().filter(|_| has_weights) {
+        check_kind(job, &model_name, &config)?;
+    }
     let model = weights(model)?;
     let plan = Plan::new(plan::Model { name: &model_name, config: &config }, &settings, host)?.check(&config, host)?;
     if has_weights {
@@ -234,6 +238,18 @@ fn resolve_with(
         site,
     };
     Ok(Resolved { spec, run_root: run_root(&settings, environment)?, plan, job, settings })
+}
+
+/// Reward models score, the others write.
+fn check_kind(job: &LoadedJob, model: &str, config: &ModelConfig) -> Outcome {
+    let file = job.path.display();
+    match (&job.file.reward, &config.reward) {
+        (Some(_), None) => Err(Failure::msg(Exit::Usage, format!("{file} has [reward], but {model} writes texts"))
+            .hint("name a reward model with --model")),
+        (None, Some(_)) => Err(Failure::msg(Exit::Usage, format!("{model} is a reward model and writes no texts"))
+            .hint(format!("to score the rows' responses, put the table [reward] into {file}"))),
+        _ => Ok(()),
+    }
 }
 
 fn serve_task(settings: &Settings, environment: &Environment) -> Outcome<Task> {

@@ -13,6 +13,7 @@ mod local;
 mod render;
 mod replicas;
 mod resume;
+mod reward;
 mod serve;
 mod slurm;
 mod support;

@@ -8,7 +8,7 @@ use super::support::root;
 
 /// Rows of each package from the bottom up: a file may use modules of its own row's level or below.
 const ENGINE_ROWS: &[&[&str]] = &[
-    &["config", "request", "report", "wire", "error_chain"],
+    &["config", "request", "reward", "report", "wire", "error_chain"],
     &["tokenizer", "kv_cache", "step"],
     &["checkpoint", "chat", "memory", "spec", "backend"],
     &["collective", "mesh", "sequence", "sampler"],

@@ -26,6 +26,30 @@ pub enum Role {
     Assistant,
 }
 
+impl Message {
+    /// The conversation of a row of JSON: its `messages`, or its `prompt` as what the user says; then its `response`, if it has one.
+    ///
+    /// # Errors
+    /// Says which key is missing or wrong.
+    pub fn of_row(row: &serde_json::Map<String, serde_json::Value>) -> Result<Vec<Self>, String> {
+        let text = |key: &str| match row.get(key) {
+            None => Ok(None),
+            Some(serde_json::Value::String(text)) => Ok(Some(text.clone())),
+            Some(_) => Err(format!("`{key}` must be a string")),
+        };
+        let mut messages = match (text("prompt")?, row.get("messages")) {
+            (Some(content), None) => vec![Self { role: Role::User, content }],
+            (None, Some(messages)) => serde_json::from_value(messages.clone()).map_err(|error| {
+                format!("`messages` must be a list of objects with a `role` and a `content`: {error}")
+            })?,
+            (Some(_), Some(_)) => return Err("only one of `prompt` and `messages` can be given".into()),
+            (None, None) => return Err("one of `prompt` and `messages` is needed".into()),
+        };
+        messages.extend(text("response")?.map(|content| Self { role: Role::Assistant, content }));
+        Ok(messages)
+    }
+}
+
 impl Role {
     fn name(self) -> &'static str {
         match self {
@@ -268,7 +292,29 @@ mod tests {
 
     use std::error::Error as _;
 
+    use serde_json::json;
+
     use super::*;
+
+    #[test]
+    fn a_row_gives_a_conversation() {
+        let of = |row: serde_json::Value| Message::of_row(row.as_object().unwrap());
+        let roles = |row| of(row).map(|messages| messages.iter().map(|message| message.role).collect::<Vec<_>>());
+        assert_eq!(roles(json!({"prompt": "a", "response": "b"})), Ok(vec![Role::User, Role::Assistant]));
+        let messages = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+        assert_eq!(roles(json!({"messages": messages, "id": 1})), Ok(vec![Role::User, Role::Assistant]));
+        for (row, expected) in [
+            (json!({}), "one of `prompt` and `messages` is needed"),
+            (json!({"prompt": 1}), "`prompt` must be a string"),
+            (json!({"prompt": "a", "response": 1}), "`response` must be a string"),
+            (json!({"prompt": "a", "messages": []}), "only one of"),
+            (json!({"messages": "hi"}), "`messages` must be a list of objects"),
+            (json!({"messages": [{"role": "poet", "content": "a"}]}), "`messages` must be a list of objects"),
+        ] {
+            let error = of(row).unwrap_err();
+            assert!(error.starts_with(expected), "{error}");
+        }
+    }
 
     fn conversation(turns: &[(Role, &str)]) -> Vec<Message> {
         turns.iter().map(|&(role, content)| Message { role, content: content.to_owned() }).collect()

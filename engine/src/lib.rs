@@ -17,6 +17,7 @@ pub mod rank;
 pub mod rank_bench;
 pub mod report;
 pub mod request;
+pub mod reward;
 pub mod runner;
 pub mod sampler;
 pub mod scheduler;

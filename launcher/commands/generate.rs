@@ -1,24 +1,18 @@
 use std::io::{ErrorKind, Read as _};
-use std::path::PathBuf;
 
 use anyhow::Context as _;
 use nemotron_engine::chat::{ChatTemplate, Message, Role};
 use serde_json::json;
 
 use crate::cli::{GenerateArgs, SamplingArgs};
-use crate::client::{Client, Completion, GenerateRequest, completion};
-use crate::observe::Observer;
+use crate::client::{Completion, GenerateRequest, completion};
 use crate::report::{Exit, Failure, Outcome, print, print_json, print_line};
-use crate::rundir::{RunDir, find_run, read_token, run_root};
-use crate::state::Endpoint;
+use crate::server;
 
 pub(crate) fn run(args: &GenerateArgs) -> Outcome {
     let texts = read_prompts(args)?;
     let prompts = texts.iter().map(|text| as_prompt(args, text)).collect::<Outcome<Vec<String>>>()?;
-    let (url, token_file) = target(args)?;
-    let token = token_file.map(|file| read_token(&file)).transpose();
-    let token = token.map_err(|error| Failure::new(Exit::Usage, error))?;
-    let client = Client::new(&url, token, args.timeout)?;
+    let client = server::connect(&args.server)?;
     let end_strings = args.sampling.end_strings();
     let requests = prompts.iter().map(|prompt| request(prompt, &args.sampling, end_strings.clone()));
     if args.stream {
@@ -88,41 +82,6 @@ fn as_prompt(args: &GenerateArgs, text: &str) -> Outcome<String> {
     }
     let prompt = template.and_then(|template| Ok(template.render(&messages, "", "")?));
     prompt.map_err(|error| Failure::new(Exit::Usage, error.context("cannot put the prompt into the chat template")))
-}
-
-/// The server to ask, and where its token is.
-fn target(args: &GenerateArgs) -> Outcome<(String, Option<PathBuf>)> {
-    if let (None, Some(url)) = (&args.run, &args.url) {
-        return Ok((url.clone(), args.token_file.clone()));
-    }
-    let endpoint = match &args.run {
-        Some(selector) => {
-            let run_dir = find_run(selector)?;
-            Endpoint::of(&run_dir)?.ok_or_else(|| not_serving(&run_dir))?
-        }
-        None => latest_endpoint()?,
-    };
-    Ok((endpoint.url, args.token_file.clone().or(endpoint.token_file)))
-}
-
-fn not_serving(run_dir: &RunDir) -> Failure {
-    let name = run_dir.name();
-    let phase = Observer::new(run_dir)
-        .and_then(|mut observer| observer.look())
-        .map_or_else(|_| "in an unknown state".into(), |status| status.phase.to_string());
-    Failure::msg(Exit::Internal, format!("run {name} is {phase} and answers nowhere"))
-        .hint(format!("nemotron wait {name} --for ready"))
-}
-
-/// Of the newest run that serves.
-fn latest_endpoint() -> Outcome<Endpoint> {
-    for run_dir in RunDir::list(&run_root()?).iter().rev() {
-        // A damaged run directory must not hide an older run that works.
-        if let Ok(Some(endpoint)) = Endpoint::of(run_dir) {
-            return Ok(endpoint);
-        }
-    }
-    Err(Failure::msg(Exit::Internal, "no run is serving").hint("start one with `nemotron serve`, or give --url"))
 }
 
 fn request(prompt: &str, sampling: &SamplingArgs, end_strings: Vec<String>) -> GenerateRequest {

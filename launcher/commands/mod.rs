@@ -19,6 +19,7 @@ pub(crate) mod profiles;
 pub(crate) mod render;
 pub(crate) mod results;
 pub(crate) mod resume;
+pub(crate) mod score;
 pub(crate) mod serve;
 pub(crate) mod status;
 pub(crate) mod supervise;

@@ -1,6 +1,7 @@
 //! What people run: the recipe's script, OpenAI's client, and a fuzzer of OpenAPI documents. Each needs packages from PyPI; where they cannot
 //! be had, the test says so and is skipped.
 
+use std::path::PathBuf;
 use std::process::Output;
 use std::sync::OnceLock;
 use std::time::Instant;
@@ -8,36 +9,32 @@ use std::time::Instant;
 use super::*;
 use crate::support::root;
 
-/// A Python with `openai`, `requests` and `schemathesis`, made once.
+/// A Python with `openai`, `requests` and `schemathesis`.
 fn python() -> Option<&'static Path> {
-    static PYTHON: OnceLock<Option<std::path::PathBuf>> = OnceLock::new();
-    let made = PYTHON.get_or_init(|| {
-        let home = root().join("target/python");
-        let python = home.join("bin/python");
-        let run = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
-        let usable = || run(Command::new(&python).args(["-c", "import openai, requests, schemathesis"]));
-        let make = || {
-            run(Command::new("timeout").args(["120", "python3", "-m", "venv"]).arg(&home))
-                && run(Command::new("timeout").args(["120"]).arg(&python).args([
-                    "-m",
-                    "pip",
-                    "install",
-                    "-q",
-                    "openai~=3.54",
-                    "requests",
-                    "schemathesis~=4.32",
-                ]))
-        };
-        (usable() || make() && usable()).then_some(python)
-    });
-    if made.is_none() {
-        println!("skipped: no Python with openai, requests and schemathesis, and it cannot be made");
+    static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let packages = ["openai~=3.54", "requests", "schemathesis~=4.32"];
+    PYTHON.get_or_init(|| environment("python", "openai, requests, schemathesis", &packages)).as_deref()
+}
+
+/// The Python of an environment in `target/` that has `packages`, made if it cannot import `modules` yet.
+pub(super) fn environment(name: &str, modules: &str, packages: &[&str]) -> Option<PathBuf> {
+    let home = root().join("target").join(name);
+    let python = home.join("bin/python");
+    let run = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
+    let usable = || run(Command::new(&python).args(["-c", &format!("import {modules}")]));
+    let make = || {
+        run(Command::new("timeout").args(["120", "python3", "-m", "venv"]).arg(&home))
+            && run(Command::new("timeout").arg("120").arg(&python).args(["-m", "pip", "install", "-q"]).args(packages))
+    };
+    let made = usable() || make() && usable();
+    if !made {
+        println!("skipped: no Python with {modules}, and it cannot be made");
     }
-    made.as_deref()
+    made.then_some(python)
 }
 
 /// Runs a command that must end in time and succeed; its standard output.
-fn succeed(seconds: u32, command: &[&str], home: &Path) -> String {
+pub(super) fn succeed(seconds: u32, command: &[&str], home: &Path) -> String {
     let Output { status, stdout, stderr } = Command::new("timeout")
         .arg(seconds.to_string())
         .args(command)

@@ -1,33 +1,8 @@
-//! A reward model: the tiny NeMo model with the regression head of tests/fixtures/reward, whose values tests/python/reward_reference.py computed.
+//! A served reward model, against the values that tests/python/reward_reference.py computed.
 
 use super::*;
-use crate::support::root;
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).expect("a folder");
-    for entry in std::fs::read_dir(from).expect("a folder").map(|entry| entry.expect("an entry")) {
-        let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy(&entry.path(), &target);
-        } else {
-            _ = std::fs::copy(entry.path(), target).expect("copied");
-        }
-    }
-}
-
-fn reward_model(home: &Path) -> String {
-    let folder = home.join("reward");
-    copy(&root().join("tests/fixtures/golden/tiny-nemo"), &folder);
-    let config = folder.join("model_config.yaml");
-    let text = std::fs::read_to_string(&config).expect("a configuration");
-    std::fs::write(config, text + "\nregression:\n  num_attributes: 9\n").expect("written");
-    let weights = folder.join("model_weights");
-    std::fs::remove_dir_all(weights.join("model.output_layer.weight")).expect("it is not used");
-    for name in ["model.rm_head.weight", "model.rm_head.bias"] {
-        copy(&root().join("tests/fixtures/reward").join(name), &weights.join(name));
-    }
-    folder.display().to_string()
-}
+use crate::support::reward_model::reward_model;
+use crate::support::{finish, nemotron, root};
 
 fn reward_server(flags: &[&str]) -> Server {
     Server::start_with(|home| {
@@ -103,7 +78,13 @@ async fn conversations_and_tritons_clients_get_the_same_values() {
     // Longer than the context: cut, and said so.
     let (_, long) = server.ask(Method::PUT, "/score", &json!({"sentences": ["La. ".repeat(1000)]})).await;
     assert_eq!(long["exceeded"], json!([true]));
-    for path in ["/v2/health/ready", "/v2/health/live", "/v2/models/reward_model/ready", "/v2/models/reward_model"] {
+    for path in [
+        "/v2/health/ready",
+        "/v2/health/live",
+        "/v2/models/reward_model/ready",
+        "/v2/models/reward_model",
+        "/v2/models/reward_model/config",
+    ] {
         assert_eq!(server.get(path).await.0, StatusCode::OK, "{path}");
     }
     for (method, path, body, status, words) in [
@@ -118,6 +99,14 @@ async fn conversations_and_tritons_clients_get_the_same_values() {
             400,
             "an assistant message",
         ),
+        (
+            Method::POST,
+            "/v1/chat/completions",
+            json!({"messages": [{"role": "user", "content": "a"}]}),
+            400,
+            "an assistant message",
+        ),
+        (Method::POST, "/v1/chat/completions", json!({"messages": conversation, "stream": true}), 400, "comes at once"),
         (Method::POST, "/v2/models/reward_model/infer", json!({"inputs": []}), 400, "sentences is missing"),
         (Method::POST, "/v1/completions", json!({"prompt": "a"}), 400, "scores texts and writes none"),
         (Method::PUT, "/generate", json!({"sentences": ["a"]}), 200, "scores texts and writes none"),
@@ -127,6 +116,91 @@ async fn conversations_and_tritons_clients_get_the_same_values() {
     }
     let (_, again) = server.ask(Method::PUT, "/score", &json!({"sentences": [text]})).await;
     assert_eq!(again, raw);
+}
+
+#[tokio::test]
+async fn a_chat_gets_the_values_as_nvidias_hosted_model_gives_them() {
+    let server = reward_server(&[]);
+    let conversation = json!([{"role": "user", "content": "Sing."}, {"role": "assistant", "content": "La."}]);
+    let (_, scores) = server.ask(Method::PUT, "/score", &json!({"conversations": [conversation]})).await;
+    let body = json!({"model": "nvidia/nemotron-4-340b-reward", "messages": conversation});
+    let (status, reply) = server.ask(Method::POST, "/v1/chat/completions", &body).await;
+    assert_eq!(
+        (status, &reply["object"], &reply["usage"]["completion_tokens"]),
+        (200, &json!("chat.completion"), &json!(1))
+    );
+    let choice = &reply["choices"][0];
+    assert_eq!(choice["finish_reason"], "length");
+    // As NeMo Curator reads it.
+    let tokens = choice["logprobs"]["content"].as_array().expect("attributes");
+    let values: Vec<(&str, f64)> = tokens
+        .iter()
+        .map(|token| (token["token"].as_str().expect("a name"), token["logprob"].as_f64().expect("a number")))
+        .collect();
+    assert_eq!(
+        values.iter().map(|value| value.0).collect::<Vec<_>>(),
+        ["helpfulness", "correctness", "coherence", "complexity", "verbosity"]
+    );
+    for (value, expected) in values.iter().zip(scores["rewards"][0].as_array().expect("values").iter().skip(4)) {
+        assert!((value.1 - expected.as_f64().expect("a number")).abs() < 1e-6);
+    }
+    let text: Vec<String> = values.iter().map(|(name, value)| format!("{name}:{value}")).collect();
+    assert_eq!(choice["message"], json!([{"role": "assistant", "content": text.join(",")}]));
+}
+
+#[tokio::test]
+async fn the_client_scores_lines() {
+    let server = reward_server(&[]);
+    let home = server.home.path();
+    let messages = json!([{"role": "user", "content": "Sing."}, {"role": "assistant", "content": "La."}]);
+    let (_, expected) = server.ask(Method::PUT, "/score", &json!({"conversations": [messages]})).await;
+    let rows = [
+        json!({"id": "k", "prompt": "Sing.", "response": "La.", "topic": "sea"}),
+        json!({"messages": messages}),
+        messages.clone(),
+    ];
+    std::fs::write(home.join("rows.jsonl"), rows.map(|row| format!("{row}\n")).concat()).expect("written");
+    let score = |args: &[&str]| finish(nemotron(home).args(["score", "--url", &server.url]).args(args));
+    let (code, stdout, stderr) = score(&["--json", "rows.jsonl"]);
+    assert_eq!(code, 0, "{stderr}");
+    let lines: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!((lines.len(), &lines[0]["id"], &lines[0]["topic"]), (3, &json!("k"), &json!("sea")));
+    for line in &lines {
+        assert_eq!((&line["schema"], &line["exceeded"]), (&json!(1), &json!(false)));
+        let names: Vec<&String> = line["rewards"].as_object().expect("values").keys().collect();
+        assert_eq!(json!(names), expected["attributes"]);
+        for (value, expected) in
+            [(&line["score"], &expected["scores"][0]), (&line["rewards"]["verbosity"], &expected["rewards"][0][8])]
+        {
+            let [value, expected] = [value, expected].map(|value| value.as_f64().expect("a number"));
+            assert!((value - expected).abs() < 1e-6, "{line}");
+        }
+    }
+    let (code, stdout, _) = score(&["--prompt", "Sing.", "--response", "La."]);
+    assert!(code == 0 && stdout.starts_with(&format!("score={} quality=", lines[0]["score"])), "{stdout}");
+    std::fs::write(home.join("bad.jsonl"), "\n{\"response\": \"La.\"}\n").expect("written");
+    let (code, _, stderr) = score(&["bad.jsonl"]);
+    assert!(code == 2 && stderr.contains("bad.jsonl: line 2: one of `prompt` and `messages`"), "{code}: {stderr}");
+    let (code, _, stderr) = score(&["none.jsonl"]);
+    assert!(code == 2 && stderr.contains("cannot read none.jsonl"), "{code}: {stderr}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tritons_client_asks_as_nemo_aligners_annotator_does() {
+    let Some(python) = super::python::environment("triton", "pytriton.client", &["nvidia-pytriton==0.5.5"]) else {
+        return;
+    };
+    let server = reward_server(&[]);
+    let program = root().join("tests/python/triton_client.py").display().to_string();
+    let text = "<extra_id_0>System\n\n<extra_id_1>User\nSing.\n<extra_id_1>Assistant\nLa.\n<extra_id_2>";
+    let (_, expected) = server.ask(Method::PUT, "/score", &json!({"sentences": [text, "La."]})).await;
+    let python = python.display().to_string();
+    let command = [python.as_str(), &program, server.address(), text, "La."];
+    let printed = tokio::task::block_in_place(|| super::python::succeed(120, &command, server.home.path()));
+    let printed: Value = serde_json::from_str(&printed).expect("JSON");
+    let values = |reply: &Value| serde_json::from_value::<Vec<Vec<f64>>>(reply["rewards"].clone()).expect("numbers");
+    assert!(distance(&values(&printed), &values(&expected)) < 1e-6, "{printed}");
+    assert_eq!(printed["exceeded"], json!([[0], [0]]));
 }
 
 #[tokio::test]

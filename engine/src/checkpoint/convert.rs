@@ -17,12 +17,13 @@ use super::hf::stored_name;
 use super::manifest::{FileHashes, Hasher, Manifest, hash};
 use super::sharded::{DESCRIPTION, Description, rank_file};
 use super::{CheckpointError, CheckpointSource, Dtype, Tensor, TensorName, identity};
-use crate::config::{Mesh, MeshError, ModelConfig};
+use crate::config::{Mesh, MeshError, ModelConfig, RewardHead};
+use crate::reward;
 
 /// What a conversion writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// `NemotronForCausalLM` as transformers reads it.
+    /// `NemotronForCausalLM`, or `NemotronForSequenceClassification`, as transformers reads it.
     HuggingFace { shard_bytes: u64 },
     /// One file a rank.
     Shards(Mesh),
@@ -188,7 +189,7 @@ fn output_files(source: &dyn CheckpointSource, target: Target) -> Result<Vec<Out
     let part = |stored_name: String, name: TensorName, [rows, cols]: [Range<usize>; 2]| {
         // The type that a tensor has in memory.
         let dtype = source.part(name, 0..1, 0..1)?.blocks.first().map_or(Dtype::Bf16, |block| block.dtype);
-        let is_vector = name.is_norm() && matches!(target, Target::HuggingFace { .. });
+        let is_vector = name.is_vector() && matches!(target, Target::HuggingFace { .. });
         Ok::<_, ConvertError>(Part { stored_name, name, is_vector, rows, cols, dtype })
     };
     match target {
@@ -338,7 +339,7 @@ fn hf_config(config: &ModelConfig, dtype: Dtype) -> Value {
         Dtype::F16 => "float16",
         Dtype::F32 => "float32",
     };
-    json!({
+    let mut written = json!({
         "architectures": ["NemotronForCausalLM"],
         "model_type": "nemotron",
         "attention_bias": false,
@@ -360,7 +361,15 @@ fn hf_config(config: &ModelConfig, dtype: Dtype) -> Value {
         "torch_dtype": dtype,
         "use_cache": true,
         "vocab_size": config.vocab_size,
-    })
+    });
+    if let Some(RewardHead { num_attributes, has_bias }) = config.reward {
+        let labels = || (0..num_attributes).map(reward::attribute).enumerate();
+        written["architectures"] = json!(["NemotronForSequenceClassification"]);
+        written["id2label"] = labels().map(|(id, label)| (id.to_string(), json!(label))).collect();
+        written["label2id"] = labels().map(|(id, label)| (label.into_owned(), json!(id))).collect();
+        written["score_bias"] = has_bias.into();
+    }
+    written
 }
 
 /// The decimal number that people would write for an f32.

@@ -127,7 +127,7 @@ impl CheckpointSource for HfCheckpoint {
         let path = || self.folder.path(&file.name);
 
         let [rows, cols] = name.shape(&self.config);
-        let expected = if name.is_norm() { vec![cols] } else { vec![rows, cols] };
+        let expected = if name.is_vector() { vec![cols] } else { vec![rows, cols] };
         if entry.shape != expected {
             return Err(CheckpointError::Shape { tensor, file: path(), found: entry.shape.clone(), expected });
         }

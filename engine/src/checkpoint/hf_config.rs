@@ -97,7 +97,8 @@ fn check_quantization(fields: Fields<'_>) -> Result<(), ConfigError> {
     }
 }
 
-/// Transformers' `NemotronForSequenceClassification`: one label an attribute, no bias.
+/// Transformers' `NemotronForSequenceClassification`: one label an attribute. It has no bias; a conversion of ours says with `score_bias`
+/// that it wrote one.
 fn reward_head(fields: Fields<'_>) -> Result<Option<RewardHead>, ConfigError> {
     let architectures = fields.0.get("architectures").and_then(Value::as_array);
     if architectures.and_then(|names| names.first()).is_none_or(|name| name != "NemotronForSequenceClassification") {
@@ -105,7 +106,7 @@ fn reward_head(fields: Fields<'_>) -> Result<Option<RewardHead>, ConfigError> {
     }
     let labels = fields.0.get("id2label").and_then(Value::as_object).map(Map::len);
     let num_attributes = labels.or(fields.size(&["num_labels"])?).unwrap_or(2);
-    Ok(Some(RewardHead { num_attributes, has_bias: false }))
+    Ok(Some(RewardHead { num_attributes, has_bias: fields.0.get("score_bias") == Some(&Value::Bool(true)) }))
 }
 
 /// An absent key means transformers' default, an explicit null means that there is none.

@@ -83,6 +83,11 @@ impl TensorName {
         )
     }
 
+    /// Whether it has one axis where files say so.
+    pub(super) fn is_vector(self) -> bool {
+        self.is_norm() || self == Self::RewardBias
+    }
+
     /// Whether every tensor-parallel rank has all of it.
     pub fn is_replicated(self) -> bool {
         self.is_norm() || matches!(self, Self::RewardHead | Self::RewardBias)

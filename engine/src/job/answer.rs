@@ -1,17 +1,20 @@
 //! What a row gave, and the line that says so.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::request::{FinishReason, RowError, Stopping};
+use crate::reward;
 use crate::tokenizer::{Detokenizer, Tokenizer};
 
 use super::input::InputRow;
 use super::record::{Counts, Done, Key};
 
-/// A row that was generated.
+/// A row that was generated, or scored.
 pub(super) struct Completed {
     pub(super) prompt: Vec<u32>,
     pub(super) new_ids: Vec<u32>,
+    /// A reward model's values.
+    pub(super) rewards: Vec<f32>,
     pub(super) reason: FinishReason,
 }
 
@@ -19,6 +22,7 @@ pub(super) struct Completed {
 #[derive(Default)]
 pub(super) struct Outcome {
     response: String,
+    rewards: Vec<f32>,
     /// `None` for a failed row.
     reason: Option<FinishReason>,
     prompt_tokens: usize,
@@ -55,10 +59,7 @@ impl From<RowError> for RowFailure {
 
 /// The record of a row that is done.
 pub(super) fn done(key: Key, row: &InputRow, sample: u32, seed: u64, result: Result<Outcome, RowFailure>) -> Done {
-    let (outcome, error) = match result {
-        Ok(outcome) => (outcome, None),
-        Err(error) => (Outcome::default(), Some(json!({"code": error.code, "message": error.message}))),
-    };
+    let (outcome, error) = parts(result);
     let mut line = json!({
         "id": row.id,
         "sample": sample,
@@ -68,25 +69,52 @@ pub(super) fn done(key: Key, row: &InputRow, sample: u32, seed: u64, result: Res
         "completion_tokens": outcome.completion_tokens,
         "seed": seed,
     });
-    let failed = error.is_some();
+    let counts = outcome.counts(error.is_some());
     if let Some(error) = error {
         line["error"] = error;
     }
     for (key, value) in &row.carried {
         line[key] = value.clone();
     }
-    let counts = Counts {
-        failed,
-        prompt_tokens: outcome.prompt_tokens as u32,
-        completion_tokens: outcome.completion_tokens as u32,
-    };
     Done { key, counts, line: line.to_string() }
 }
 
+/// The record of a row that was scored: the row as it came, and its values. One that has no response keeps the error that says why.
+pub(super) fn scored(key: Key, row: &InputRow, result: Result<Outcome, RowFailure>) -> Done {
+    let (outcome, error) = parts(result);
+    let mut line = json!({ "id": row.id });
+    for (key, value) in &row.carried {
+        line[key] = value.clone();
+    }
+    let counts = outcome.counts(error.is_some());
+    if let Some(error) = error.filter(|_| line["error"].is_null()) {
+        line["error"] = error;
+    }
+    let rewards = &outcome.rewards;
+    line["rewards"] = if counts.failed { Value::Null } else { reward::by_name(rewards) };
+    line["score"] = reward::scalar(rewards).map_or(Value::Null, reward::number);
+    Done { key, counts, line: line.to_string() }
+}
+
+fn parts(result: Result<Outcome, RowFailure>) -> (Outcome, Option<Value>) {
+    match result {
+        Ok(outcome) => (outcome, None),
+        Err(error) => (Outcome::default(), Some(json!({"code": error.code, "message": error.message}))),
+    }
+}
+
+impl Outcome {
+    fn counts(&self, failed: bool) -> Counts {
+        let (prompt_tokens, completion_tokens) = (self.prompt_tokens as u32, self.completion_tokens as u32);
+        Counts { failed, prompt_tokens, completion_tokens }
+    }
+}
+
 impl Completed {
-    pub(super) fn outcome(&self, tokenizer: &Tokenizer, stopping: &Stopping) -> Outcome {
+    pub(super) fn outcome(self, tokenizer: &Tokenizer, stopping: &Stopping) -> Outcome {
         Outcome {
             response: self.response(tokenizer, stopping),
+            rewards: self.rewards,
             reason: Some(self.reason),
             prompt_tokens: self.prompt.len(),
             completion_tokens: self.new_ids.len(),
@@ -139,6 +167,32 @@ mod tests {
         ] {
             assert_eq!(&text[..len_before_end_string(prompt, text, &ends)], left, "{prompt}|{text}");
         }
+    }
+
+    #[test]
+    fn a_scored_row_keeps_what_it_has() {
+        let line = |row: Value, result| {
+            let mut carried = row.as_object().unwrap().clone();
+            let id = carried.shift_remove("id").unwrap();
+            let done = scored([0; 16], &InputRow { id, prompt: Vec::new(), carried }, result);
+            (done.counts, done.line)
+        };
+        let row = json!({"id": 3, "sample": 1, "prompt": "a", "response": "b"});
+        let rewards = vec![0.5, 0.0, 0.0, 0.0, 1.0, 2.0, 0.0, 0.0, 0.1];
+        let outcome = || Outcome { rewards: rewards.clone(), prompt_tokens: 7, ..Outcome::default() };
+        let (counts, text) = line(row.clone(), Ok(outcome()));
+        assert_eq!((counts.failed, counts.prompt_tokens, counts.completion_tokens), (false, 7, 0));
+        assert!(
+            text.starts_with(r#"{"id":3,"sample":1,"prompt":"a","response":"b","rewards":{"quality":0.5,"#),
+            "{text}"
+        );
+        assert!(text.ends_with(r#""verbosity":0.1},"score":1.747}"#), "{text}");
+        let (counts, text) = line(row, Err(RowError::CannotScore.into()));
+        assert!(counts.failed && text.contains(r#""error":{"code":"wrong_model""#), "{text}");
+        assert!(text.ends_with(r#""rewards":null,"score":null}"#), "{text}");
+        let unanswered = json!({"id": 4, "response": "", "error": {"code": "context_overflow"}});
+        let (counts, text) = line(unanswered, Err(RowError::EmptyPrompt.into()));
+        assert!(counts.failed && text.contains(r#""error":{"code":"context_overflow"}"#), "{text}");
     }
 
     #[test]

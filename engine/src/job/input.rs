@@ -12,10 +12,6 @@ use crate::tokenizer::Tokenizer;
 use super::prompt::Prompting;
 use super::{Input, JobError, lines};
 
-/// Keys of an output line. An input row that carries one of them would give a line with two.
-const RESERVED: [&str; 7] =
-    ["sample", "response", "finish_reason", "prompt_tokens", "completion_tokens", "seed", "error"];
-
 /// One prompt of the job.
 #[derive(Debug, PartialEq)]
 pub(super) struct InputRow {
@@ -167,9 +163,6 @@ fn parse(line: &str, index: usize) -> Result<RawRow, String> {
         format!("column {}: {}", error.column(), message.split(" at line ").next().unwrap_or_default())
     })?;
     let Value::Object(mut columns) = value else { return Err("a row must be a JSON object".into()) };
-    if let Some(key) = RESERVED.iter().find(|key| columns.contains_key(**key)) {
-        return Err(format!("the key `{key}` is one that the output has; give it another name"));
-    }
     let id = columns.shift_remove("id").unwrap_or(index.into());
     if !id.is_string() && !id.is_number() {
         return Err("`id` must be a string or a number".into());
@@ -263,7 +256,6 @@ mod tests {
             (&b"{\"prompt\":\"a\"}\n\n{\"prompt\": a}\n"[..], "line 3: column 12: expected value"),
             (b"[1]", "line 1: a row must be a JSON object"),
             (br#"{"id":null,"prompt":"a"}"#, "line 1: `id` must be"),
-            (br#"{"seed":1,"prompt":"a"}"#, "line 1: the key `seed` is one that the output has"),
             (b"{\"prompt\":\"\xff\"}", "line 1: invalid utf-8"),
         ] {
             let error = rows(text).unwrap_err();

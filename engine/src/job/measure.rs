@@ -37,7 +37,7 @@ impl Job {
             match self.fit(len as usize, context) {
                 Ok((prompt_len, max_new_tokens)) => {
                     measure.prompt_tokens += samples * prompt_len as u64;
-                    measure.max_new_tokens += samples * u64::from(max_new_tokens);
+                    measure.max_new_tokens += if self.scores { 0 } else { samples * u64::from(max_new_tokens) };
                     measure.truncated += if prompt_len < len as usize { samples } else { 0 };
                     let asked = self.sampling.tokens_to_generate;
                     measure.shortened += if max_new_tokens < asked { samples } else { 0 };

@@ -1,7 +1,7 @@
 //! A job file run to its end: rows in, `responses.jsonl` out, in input order, each exactly once.
 //!
-//! [`Job::load`] reads and checks the whole input before anything is generated. [`Job::run`] generates what the [`Journal`] does not have
-//! yet, and writes the output from the journal when every row is there. [`Results`] looks into the journal from outside.
+//! [`Job::load`] reads and checks the whole input before anything is generated. [`Job::run`] generates (with `[reward]`: scores) what the
+//! [`Journal`] does not have yet, and writes the output from the journal when every row is there. [`Results`] looks into the journal from outside.
 
 mod answer;
 mod archive;
@@ -42,6 +42,9 @@ pub struct JobFile {
     pub sampling: JobSampling,
     #[serde(default)]
     pub generation: Generation,
+    /// Rows have their response already, and a reward model scores it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reward: Option<Reward>,
     /// Launcher keys that a job file may override (`slurm.time`, `profile`, …); the engine does not read them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub launch: BTreeMap<String, toml::Value>,
@@ -61,12 +64,20 @@ pub struct Input {
 pub struct Output {
     /// Relative to the job file.
     pub path: PathBuf,
+    /// Lines carry `prompt` or `messages` too.
+    #[serde(default)]
+    pub include_prompt: bool,
 }
+
+/// The table `[reward]`; that it is there says everything.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reward {}
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Prompt {
-    /// A built-in template's name, "raw", or a file.
+    /// A built-in template's name, "raw", or a file. With `[reward]`, "nemotron" is not what is meant and becomes "annotator".
     pub template: String,
     pub system: String,
     /// A template over a row's columns that makes what the user says, in place of the row's `prompt`.

@@ -12,6 +12,12 @@ use crate::tokenizer::Tokenizer;
 
 use super::{JobError, JobFile};
 
+/// Keys of an output line. An input row that carries one of them would give a line with two.
+const GENERATED: [&str; 7] =
+    ["sample", "response", "finish_reason", "prompt_tokens", "completion_tokens", "seed", "error"];
+/// The same of a line that scores a row.
+const SCORED: [&str; 2] = ["rewards", "score"];
+
 /// Bounds the instructions that one row's template may take.
 const FUEL: u64 = 2_000_000;
 
@@ -24,14 +30,12 @@ pub(super) struct Prompting {
     system: String,
     /// What the user says, made of the row's columns.
     user: Option<Environment<'static>>,
+    /// Rows have a response, which belongs to the prompt.
+    scores: bool,
+    /// Prompts are carried to the output.
+    keeps: bool,
     /// Everything of it that determines prompts.
     pub(super) source: Value,
-}
-
-/// What a row gives the model.
-enum Prompt {
-    Text(String),
-    Messages(Vec<Message>),
 }
 
 const USER: &str = "prompt.user";
@@ -44,7 +48,11 @@ impl Prompting {
             let path = dir.join(path);
             std::fs::read_to_string(&path).map_err(|error| JobError::Input { path, reason: error.to_string() })
         };
-        let template = prompt.template.as_str();
+        let scores = file.reward.is_some();
+        let template = match prompt.template.as_str() {
+            "nemotron" if scores => "annotator",
+            template => template,
+        };
         let (chat, source) = match template {
             "raw" => (None, String::new()),
             // A built-in template's name has neither a directory nor an extension.
@@ -64,17 +72,28 @@ impl Prompting {
         };
         let source = json!([source, prompt.system, user]);
         let user = user.map(compile).transpose().map_err(|error| bad(key, error_chain(&error)))?;
-        Ok(Self { chat, system: prompt.system.clone(), user, source })
+        let keeps = scores || file.output.include_prompt;
+        Ok(Self { chat, system: prompt.system.clone(), user, scores, keeps, source })
     }
 
-    /// Takes the prompt out of a row's columns; what is left is carried to the output.
+    /// Takes the prompt out of a row's columns; what is left is carried to the output. There is none in a row to score that has no response,
+    /// because an earlier job could not give one.
     pub(super) fn encode(&self, tokenizer: &Tokenizer, columns: &mut Map<String, Value>) -> Result<Vec<u32>, String> {
-        let prompt = self.prompt(columns)?;
-        let (chat, mut messages) = match (&self.chat, prompt) {
-            (None, Prompt::Text(text)) => return Ok(tokenizer.encode(&text)),
-            (None, Prompt::Messages(_)) => return Err("`messages` needs a prompt template other than \"raw\"".into()),
-            (Some(chat), Prompt::Text(content)) => (chat, vec![Message { role: Role::User, content }]),
-            (Some(chat), Prompt::Messages(messages)) => (chat, messages),
+        let reserved = if self.scores { &SCORED[..] } else { &GENERATED };
+        if let Some(key) = reserved.iter().find(|key| columns.contains_key(**key)) {
+            return Err(format!("the key `{key}` is one that the output has; give it another name"));
+        }
+        if self.scores && columns.get("error").is_some_and(|error| !error.is_null()) {
+            return Ok(Vec::new());
+        }
+        let is_text = self.user.is_some() || columns.contains_key("prompt");
+        let mut messages = self.messages(columns)?;
+        let Some(chat) = &self.chat else {
+            let text: String = messages.into_iter().map(|message| message.content).collect();
+            return match is_text {
+                true => Ok(tokenizer.encode(&text)),
+                false => Err("`messages` needs a prompt template other than \"raw\"".into()),
+            };
         };
         if !self.system.is_empty() && messages.first().is_none_or(|message| message.role != Role::System) {
             messages.insert(0, Message { role: Role::System, content: self.system.clone() });
@@ -82,24 +101,23 @@ impl Prompting {
         chat.encode(&messages, tokenizer).map_err(|error| error_chain(&error))
     }
 
-    fn prompt(&self, columns: &mut Map<String, Value>) -> Result<Prompt, String> {
+    fn messages(&self, columns: &mut Map<String, Value>) -> Result<Vec<Message>, String> {
         if let Some(user) = &self.user {
             let text = render(user, columns)?;
-            columns.shift_remove("prompt");
             if columns.contains_key("messages") {
                 return Err("`messages` cannot be given beside prompt.user of the job file".into());
             }
-            return Ok(Prompt::Text(text));
+            columns.insert("prompt".into(), text.into());
         }
-        match (columns.shift_remove("prompt"), columns.shift_remove("messages")) {
-            (Some(Value::String(text)), None) => Ok(Prompt::Text(text)),
-            (Some(_), None) => Err("`prompt` must be a string".into()),
-            (None, Some(messages)) => serde_json::from_value(messages).map(Prompt::Messages).map_err(|error| {
-                format!("`messages` must be a list of objects with a `role` and a `content`: {error}")
-            }),
-            (Some(_), Some(_)) => Err("only one of `prompt` and `messages` can be given".into()),
-            (None, None) => Err("one of `prompt` and `messages` is needed".into()),
+        let messages = Message::of_row(columns).map_err(|reason| match columns.contains_key("response") {
+            true => format!("{reason}; a job keeps them in its output with output.include_prompt = true"),
+            false => reason,
+        })?;
+        if !self.keeps {
+            columns.shift_remove("prompt");
+            columns.shift_remove("messages");
         }
+        Ok(messages)
     }
 }
 
@@ -135,40 +153,57 @@ fn render(user: &Environment<'static>, columns: &Map<String, Value>) -> Result<S
 mod tests {
     use super::*;
 
-    fn prompt(user: Option<&str>, columns: Value) -> Result<String, String> {
-        let user = user.map(|source| compile(source.to_owned()).unwrap());
+    /// What is said, and what is left of the row.
+    fn prompt(prompting: Prompting, columns: Value) -> Result<String, String> {
         let Value::Object(mut columns) = columns else { panic!("columns") };
-        match (Prompting { user, ..Prompting::default() }).prompt(&mut columns)? {
-            Prompt::Text(text) => Ok(format!("{text} {}", Value::from(columns))),
-            Prompt::Messages(messages) => Ok(format!("{} messages", messages.len())),
-        }
+        let messages = prompting.messages(&mut columns)?;
+        let said: Vec<String> = messages.into_iter().map(|message| message.content).collect();
+        Ok(format!("{} {}", said.join("|"), Value::from(columns)))
+    }
+
+    fn user(source: &str) -> Prompting {
+        Prompting { user: Some(compile(source.to_owned()).unwrap()), ..Prompting::default() }
     }
 
     #[test]
     fn a_template_makes_the_prompt_of_columns_that_are_carried_all_the_same() {
-        let user = Some("On {{ topic }}{% if style is defined %} as {{ style.name }}{% endif %}.");
-        assert_eq!(prompt(user, json!({"topic": "sea"})).unwrap(), r#"On sea. {"topic":"sea"}"#);
+        let on = || user("On {{ topic }}{% if style is defined %} as {{ style.name }}{% endif %}.");
+        assert_eq!(prompt(on(), json!({"topic": "sea"})).unwrap(), r#"On sea. {"topic":"sea"}"#);
         let styled = json!({"topic": "<a>", "style": {"name": "Donne"}, "prompt": "p"});
-        assert!(prompt(user, styled).unwrap().starts_with("On <a> as Donne. "));
-        assert_eq!(prompt(Some("{{ prompt }}!"), json!({"prompt": "p"})).unwrap(), "p! {}");
-        let error = prompt(Some("On {{ topic }}."), json!({"topics": "sea", "n": 1})).unwrap_err();
+        assert!(prompt(on(), styled).unwrap().starts_with("On <a> as Donne. "));
+        assert_eq!(prompt(user("{{ prompt }}!"), json!({"prompt": "p"})).unwrap(), "p! {}");
+        let kept = Prompting { keeps: true, ..user("{{ n }}!") };
+        assert_eq!(prompt(kept, json!({"n": 1})).unwrap(), r#"1! {"n":1,"prompt":"1!"}"#);
+        let error = prompt(user("On {{ topic }}."), json!({"topics": "sea", "n": 1})).unwrap_err();
         assert_eq!(error, "the prompt template needs the column `topic`; the row has `topics`, `n`");
-        assert!(prompt(Some("{{ n.x() }}"), json!({"n": 1})).unwrap_err().starts_with("the prompt template: "));
+        assert!(prompt(user("{{ n.x() }}"), json!({"n": 1})).unwrap_err().starts_with("the prompt template: "));
+        let error = prompt(user("a"), json!({"messages": []})).unwrap_err();
+        assert!(error.starts_with("`messages` cannot be given beside prompt.user"), "{error}");
     }
 
     #[test]
     fn without_a_template_one_of_two_columns_is_the_prompt() {
-        assert_eq!(prompt(None, json!({"prompt": "a", "k": 1})).unwrap(), r#"a {"k":1}"#);
-        assert_eq!(prompt(None, json!({"messages": [{"role": "user", "content": "a"}]})).unwrap(), "1 messages");
-        for (columns, expected) in [
-            (json!({}), "one of `prompt` and `messages` is needed"),
-            (json!({"prompt": 1}), "`prompt` must be a string"),
-            (json!({"prompt": "a", "messages": []}), "only one of"),
-            (json!({"messages": "hi"}), "`messages` must be a list of objects"),
-            (json!({"messages": [{"role": "poet", "content": "a"}]}), "`messages` must be a list of objects"),
-        ] {
-            let error = prompt(None, columns).unwrap_err();
-            assert!(error.starts_with(expected), "{error}");
-        }
+        let plain = |columns| prompt(Prompting::default(), columns).unwrap();
+        assert_eq!(plain(json!({"prompt": "a", "k": 1})), r#"a {"k":1}"#);
+        assert_eq!(plain(json!({"messages": [{"role": "user", "content": "a"}]})), "a {}");
+        let scored = Prompting { scores: true, keeps: true, ..Prompting::default() };
+        let row = json!({"prompt": "a", "response": "b"});
+        assert_eq!(prompt(scored, row.clone()).unwrap(), format!("a|b {row}"));
+    }
+
+    #[test]
+    fn keys_of_the_output_are_refused_in_rows() {
+        let tokenizer = crate::checkpoint::open(&crate::spec::ModelSource::Builtin).unwrap().tokenizer().unwrap();
+        let encode = |scores, columns: Value| {
+            let Value::Object(mut columns) = columns else { panic!("columns") };
+            Prompting { scores, ..Prompting::default() }.encode(&tokenizer, &mut columns)
+        };
+        let error = encode(false, json!({"seed": 1, "prompt": "a"})).unwrap_err();
+        assert!(error.starts_with("the key `seed` is one that the output has"), "{error}");
+        let error = encode(true, json!({"score": 1, "prompt": "a"})).unwrap_err();
+        assert!(error.starts_with("the key `score` is one that the output has"), "{error}");
+        assert!(encode(true, json!({"error": {"code": "x"}, "response": ""})).unwrap().is_empty());
+        let both = encode(true, json!({"seed": 1, "error": null, "prompt": "a", "response": "b"})).unwrap();
+        assert_eq!(both, tokenizer.encode("ab"));
     }
 }

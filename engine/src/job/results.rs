@@ -73,7 +73,7 @@ impl Results {
         self.each_line(|line| {
             rows_repetitive += u64::from(line["response"].as_str().is_some_and(is_repetitive));
             let text = |pointer| Some(line.pointer(pointer)?.as_str()?.to_owned());
-            let ending = text("/error/code").or_else(|| text("/finish_reason")).unwrap_or_default();
+            let ending = text("/error/code").or_else(|| text("/finish_reason")).unwrap_or_else(|| "scored".into());
             *endings.entry(ending).or_default() += 1;
             Ok(())
         })?;

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::end_strings;
 use crate::engine::{Engine, Row};
 use crate::request::{LogprobSpec, Request, RowError, Sampling, Stopping};
+use crate::reward;
 use crate::tokenizer::Tokenizer;
 
 use super::archive::Archive;
@@ -32,6 +33,8 @@ pub struct Job {
     pub(super) prompt_lens: Vec<u32>,
     pub(super) sampling: JobSampling,
     pub(super) generation: Generation,
+    /// Rows are scored, not answered.
+    pub(super) scores: bool,
     /// What, of the job file, determines rows.
     settings: String,
     pub(super) output: PathBuf,
@@ -54,25 +57,39 @@ impl Job {
         tokenizer: Option<&Tokenizer>,
     ) -> Result<Self, JobError> {
         let prompting = if tokenizer.is_some() { Prompting::load(file, dir)? } else { Prompting::default() };
-        let settings = json!([prompting.source, file.sampling, file.generation.context_overflow]);
+        let scores = file.reward.is_some();
+        let sampling = match scores {
+            // The token that the values come with.
+            true => JobSampling { tokens_to_generate: 1, end_strings: Vec::new(), ..JobSampling::default() },
+            false => file.sampling.clone(),
+        };
+        let overflow = file.generation.context_overflow;
+        let settings = match scores {
+            true => json!([prompting.source, "reward", overflow]),
+            false => json!([prompting.source, sampling, overflow]),
+        };
         let mut job = Self {
             source: Source::of(&file.input, dir)?,
             prompting,
             digests: Vec::new(),
             prompt_lens: Vec::new(),
-            sampling: file.sampling.clone(),
+            sampling,
             generation: file.generation.clone(),
+            scores,
             settings: settings.to_string(),
             output: dir.join(&file.output.path),
         };
         let limit = limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
         let mut rows = job.source.rows()?;
-        // The line of each id, by its JSON form: the string "1" is not the number 1.
+        // The line of each id, by its JSON form: the string "1" is not the number 1. Answers of one prompt have its id in common.
         let mut lines_of_ids = HashMap::new();
         while job.digests.len() < limit
             && let Some(mut row) = rows.next()?
         {
-            let id = row.id.to_string();
+            let id = match row.columns.get("sample").filter(|_| scores) {
+                Some(sample) => format!("{} of sample {sample}", row.id),
+                None => row.id.to_string(),
+            };
             let digest: [u8; 32] = Sha256::digest(&id).into();
             let short =
                 [digest[..8].try_into(), digest[8..16].try_into()].map(|half| half.map_or(0, u64::from_le_bytes));
@@ -236,6 +253,9 @@ impl Job {
     ) -> Result<(Vec<u32>, Row), RowError> {
         let (prompt_len, max_new_tokens) = self.fit(row.prompt.len(), engine.info().max_context)?;
         let prompt = row.prompt[row.prompt.len() - prompt_len..].to_vec();
+        if self.scores {
+            return Ok((prompt.clone(), engine.submit(reward::request(prompt))?));
+        }
         let sampling = &self.sampling;
         let request = Request {
             prompt: prompt.clone(),
@@ -292,6 +312,7 @@ mod tests {
             prompt_lens: vec![4, 6],
             sampling: JobSampling { tokens_to_generate, ..JobSampling::default() },
             generation: Generation { context_overflow, ..Generation::default() },
+            scores: false,
             settings: String::new(),
             output: PathBuf::new(),
         }

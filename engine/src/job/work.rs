@@ -280,7 +280,10 @@ impl<'a> Work<'a> {
 
     fn record(&mut self, index: usize, row: &InputRow, result: Result<answer::Outcome, RowFailure>) {
         let sample = (index % self.job.generation.samples_per_prompt as usize) as u32;
-        let done = answer::done(self.keys[index], row, sample, self.job.seed(row, sample), result);
+        let done = match self.job.scores {
+            true => answer::scored(self.keys[index], row, result),
+            false => answer::done(self.keys[index], row, sample, self.job.seed(row, sample), result),
+        };
         self.writer.done(index, done);
         self.uncommitted += 1;
     }
@@ -344,13 +347,14 @@ async fn collect(submitted: Result<(Vec<u32>, Row), RowError>, mut closing: watc
         _ = closing.wait_for(|&closing| closing) => return Fate::Abandoned,
     };
     let began = Instant::now();
-    let mut new_ids = Vec::new();
+    let (mut new_ids, mut rewards) = (Vec::new(), Vec::new());
     loop {
         match event {
             Some(Event::Prompt(_)) => {}
+            Some(Event::Token { logprobs: Some(values), .. }) => rewards = values.full,
             Some(Event::Token { id, .. }) => new_ids.push(id),
             Some(Event::Finished(finish)) => {
-                return Fate::Completed(Completed { prompt, new_ids, reason: finish.reason }, began.elapsed());
+                return Fate::Completed(Completed { prompt, new_ids, rewards, reason: finish.reason }, began.elapsed());
             }
             Some(Event::Failed(error)) => return Fate::Failed(error),
             None => return Fate::Failed(RowError::EngineFailed("it dropped the row".into())),

@@ -139,6 +139,7 @@ fn router(server: Arc<Server>) -> Router {
         .route("/score", any(reward::score))
         .route("/v2/models/reward_model/infer", post(reward::infer))
         .route("/v2/models/reward_model", get(reward::metadata))
+        .route("/v2/models/reward_model/config", get(reward::metadata))
         .route("/v2/models/reward_model/ready", get(ready))
         .route("/v2/health/ready", get(ready))
         .route("/v2/health/live", get(live))

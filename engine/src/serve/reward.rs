@@ -1,39 +1,23 @@
 //! What a reward model says of texts: `PUT /score`, and Triton's `POST /v2/models/reward_model/infer` as NeMo-Aligner's clients send it.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 
 use axum::body::Bytes;
 use axum::extract::{Extension, Request, State};
-use axum::http::{HeaderMap, StatusCode};
-use axum::response::{IntoResponse, Response};
+use axum::http::{HeaderMap, StatusCode, Uri};
+use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::chat::{ChatTemplate, Message};
 use crate::error_chain::error_chain;
-use crate::request::{self, Event, LogprobSpec, RowError, Sampling, Stopping};
+use crate::request::{Event, RowError};
+use crate::reward;
 
 use super::Server;
 use super::generate::{failed, json_line, message, prepare, put_body};
 use super::rows::{Tally, TrackedRow};
 use super::validate::{MAX_SENTENCES, Refusal};
-
-/// Values of Nemotron-4-340B-Reward in their order; the first four were not trained for.
-const ATTRIBUTES: [&str; 9] = [
-    "quality",
-    "toxicity",
-    "humor",
-    "creativity",
-    "helpfulness",
-    "correctness",
-    "coherence",
-    "complexity",
-    "verbosity",
-];
-
-/// The model card's weights, by which the values become one.
-const WEIGHTS: [f32; 9] = [0.0, 0.0, 0.0, 0.0, 0.3, 0.74, 0.46, 0.47, -0.33];
 
 /// The body of `PUT /score`: one of the two.
 #[derive(Deserialize)]
@@ -70,14 +54,13 @@ async fn scores(server: &Arc<Server>, tally: &Arc<Tally>, request: Request) -> R
         if sentences.is_empty() == conversations.is_empty() {
             return Err(Refusal::Malformed("one of `sentences` and `conversations` is required".into()));
         }
-        let annotator = ChatTemplate::builtin("annotator").expect("it is built in and compiles");
         let texts = sentences.into_iter().map(|text| match text {
             Text::Text(text) => Ok(server.tokenizer.encode(&text)),
             Text::Ids(ids) => Ok(ids),
         });
-        let conversations = conversations.iter().map(|messages| annotator.encode(messages, &server.tokenizer));
+        let conversations = conversations.iter().map(|messages| annotated(server, messages));
         let texts = texts.chain(conversations).collect::<Result<Vec<_>, _>>();
-        fit(server, texts.map_err(|error| Refusal::Malformed(error_chain(&error).into()))?)
+        fit(server, texts.map_err(|error| Refusal::Malformed(error.into()))?)
     })
     .await?;
     let exceeded: Vec<bool> = texts.iter().map(|text| text.exceeded).collect();
@@ -85,32 +68,26 @@ async fn scores(server: &Arc<Server>, tally: &Arc<Tally>, request: Request) -> R
         RowError::ShuttingDown | RowError::EngineFailed(_) | RowError::NotFinite => failed(error, true),
         error => message(StatusCode::BAD_REQUEST, &error.to_string()),
     })?;
-    let names: Vec<Cow<'_, str>> = (0..rewards.first().map_or(0, Vec::len)).map(name).collect();
-    let scalars: Vec<Option<f32>> = rewards.iter().map(|values| scalar(values)).collect();
+    let names: Vec<_> = (0..rewards.first().map_or(0, Vec::len)).map(reward::attribute).collect();
+    let scalars: Vec<Option<f32>> = rewards.iter().map(|values| reward::scalar(values)).collect();
     let reply = json!({"attributes": names, "rewards": rewards, "scores": scalars, "exceeded": exceeded});
     Ok(json_line(StatusCode::OK, &reply))
 }
 
-fn name(attribute: usize) -> Cow<'static, str> {
-    match ATTRIBUTES.get(attribute) {
-        Some(name) => (*name).into(),
-        None => format!("attribute_{attribute}").into(),
-    }
-}
-
-/// One number for all attributes, where they are those that the weights are for.
-fn scalar(values: &[f32]) -> Option<f32> {
-    (values.len() == WEIGHTS.len()).then(|| values.iter().zip(WEIGHTS).map(|(value, weight)| value * weight).sum())
+/// A conversation in the annotator's form.
+pub(super) fn annotated(server: &Server, messages: &[Message]) -> Result<Vec<u32>, String> {
+    let annotator = ChatTemplate::builtin("annotator").expect("it is built in and compiles");
+    annotator.encode(messages, &server.tokenizer).map_err(|error| error_chain(&error))
 }
 
 /// A text to score.
-struct Scored {
-    ids: Vec<u32>,
+pub(super) struct Scored {
+    pub(super) ids: Vec<u32>,
     /// It was longer than the context, and its end is cut off: NeMo-Aligner does the same.
-    exceeded: bool,
+    pub(super) exceeded: bool,
 }
 
-fn fit(server: &Server, texts: Vec<Vec<u32>>) -> Result<Vec<Scored>, Refusal> {
+pub(super) fn fit(server: &Server, texts: Vec<Vec<u32>>) -> Result<Vec<Scored>, Refusal> {
     if texts.len() > MAX_SENTENCES {
         return Err(Refusal::Malformed(format!("at most {MAX_SENTENCES} texts can be scored at a time").into()));
     }
@@ -125,17 +102,13 @@ fn fit(server: &Server, texts: Vec<Vec<u32>>) -> Result<Vec<Scored>, Refusal> {
 }
 
 /// The values of each text, in order.
-async fn rewards(server: &Server, tally: &Arc<Tally>, texts: Vec<Scored>) -> Result<Vec<Vec<f32>>, RowError> {
+pub(super) async fn rewards(
+    server: &Server,
+    tally: &Arc<Tally>,
+    texts: Vec<Scored>,
+) -> Result<Vec<Vec<f32>>, RowError> {
     let group = server.engine.new_group();
-    let submit = |text: Scored| {
-        let request = request::Request {
-            prompt: text.ids,
-            sampling: Sampling::default(),
-            stopping: Stopping { max_new_tokens: 1, ..Stopping::default() },
-            logprobs: LogprobSpec { rewards: true, ..LogprobSpec::default() },
-        };
-        TrackedRow::submit(server, tally, group, request)
-    };
+    let submit = |text: Scored| TrackedRow::submit(server, tally, group, reward::request(text.ids));
     let rows = texts.into_iter().map(submit).collect::<Result<Vec<_>, _>>()?;
     let mut rewards = Vec::with_capacity(rows.len());
     for mut row in rows {
@@ -288,11 +261,14 @@ fn flat(data: &Value) -> Option<Vec<&Value>> {
     Some(rows.iter().flat_map(|row| row.as_array().map_or(std::slice::from_ref(row), Vec::as_slice)).collect())
 }
 
-/// `GET /v2/models/reward_model`: what Triton's clients ask before they infer.
-pub(super) async fn metadata(State(server): State<Arc<Server>>) -> Response {
+/// `GET /v2/models/reward_model` and `…/config`: what Triton's clients ask before they infer.
+pub(super) async fn metadata(State(server): State<Arc<Server>>, uri: Uri) -> Response {
     let Some(reward) = server.engine.info().config.reward else {
         return message(StatusCode::NOT_FOUND, &RowError::CannotScore.to_string());
     };
+    if uri.path().ends_with("/config") {
+        return json_line(StatusCode::OK, &config(reward.num_attributes));
+    }
     let tensor = |name, datatype, width: usize| json!({"name": name, "datatype": datatype, "shape": [-1, width]});
     let metadata = json!({
         "name": "reward_model",
@@ -301,7 +277,24 @@ pub(super) async fn metadata(State(server): State<Arc<Server>>) -> Response {
         "inputs": [tensor("sentences", "BYTES", 1), tensor("add_EOS", "BOOL", 1)],
         "outputs": [tensor("rewards", "FP32", reward.num_attributes), tensor("exceeded", "INT32", 1)],
     });
-    json_line(StatusCode::OK, &metadata).into_response()
+    json_line(StatusCode::OK, &metadata)
+}
+
+fn config(num_attributes: usize) -> Value {
+    let tensor = |name, data_type, dim: usize| json!({"name": name, "data_type": data_type, "dims": [dim]});
+    let mut eos = tensor("add_EOS", "TYPE_BOOL", 1);
+    eos["optional"] = true.into();
+    json!({
+        "name": "reward_model",
+        "platform": "",
+        "backend": "python",
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": MAX_SENTENCES,
+        "input": [tensor("sentences", "TYPE_STRING", 1), eos],
+        "output": [tensor("rewards", "TYPE_FP32", num_attributes), tensor("exceeded", "TYPE_INT32", 1)],
+        "instance_group": [{"name": "reward_model", "kind": "KIND_CPU", "count": 1}],
+        "model_transaction_policy": {"decoupled": false},
+    })
 }
 
 #[cfg(test)]
@@ -328,12 +321,5 @@ mod tests {
         for json in ["", "{}", r#"{"inputs": []}"#, r#"{"inputs": [{"name": "tokens", "datatype": "INT64"}]}"#] {
             read(json, b"").unwrap_err();
         }
-    }
-
-    #[test]
-    fn nine_values_have_names_and_one_sum() {
-        assert_eq!((name(4), name(9)), ("helpfulness".into(), "attribute_9".into()));
-        assert_eq!(scalar(&[1.0; 9]), Some(WEIGHTS.iter().sum()));
-        assert_eq!(scalar(&[1.0; 2]), None);
     }
 }

@@ -177,7 +177,8 @@ impl Plan {
                     _ => None,
                 };
                 let max_tokens = fields.max_completion_tokens.or(common.max_tokens);
-                let prompt = encode(fields.messages, chat, tokenizer)?;
+                let prompt = chat.encode(&messages(fields.messages)?, tokenizer);
+                let prompt = prompt.map_err(|error| ApiError::field("messages", error_chain(&error)))?;
                 // Models of this family end a turn by beginning the next one.
                 let turn_end = tokenizer.token_id("<extra_id_1>");
                 (vec![prompt], max_tokens, false, top, turn_end.into_iter().collect())
@@ -255,6 +256,19 @@ impl Plan {
     }
 }
 
+/// The conversation that a reward model shall score.
+///
+/// # Errors
+/// Those of [`Plan::prepare`].
+pub(super) fn conversation(body: &[u8]) -> Result<Vec<Message>, ApiError> {
+    let common: Common = parse(body)?;
+    common.refuse_unsupported()?;
+    if common.stream == Some(true) {
+        return Err(ApiError::field("stream", "a reward model's answer comes at once"));
+    }
+    messages(parse::<ChatFields>(body)?.messages)
+}
+
 fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
     let mut reader = serde_json::Deserializer::from_slice(body);
     let parsed = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
@@ -280,12 +294,11 @@ impl Prompt {
     }
 }
 
-fn encode(messages: Vec<ChatMessage>, chat: &ChatTemplate, tokenizer: &Tokenizer) -> Result<Vec<u32>, ApiError> {
-    let messages: Vec<Message> = messages.into_iter().map(ChatMessage::into_message).collect::<Result<_, _>>()?;
+fn messages(messages: Vec<ChatMessage>) -> Result<Vec<Message>, ApiError> {
     if messages.is_empty() {
         return Err(ApiError::field("messages", "must not be empty"));
     }
-    chat.encode(&messages, tokenizer).map_err(|error| ApiError::field("messages", error_chain(&error)))
+    messages.into_iter().map(ChatMessage::into_message).collect()
 }
 
 impl ChatMessage {

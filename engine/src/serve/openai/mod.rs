@@ -16,9 +16,10 @@ use futures_util::future;
 use serde_json::{Value, json};
 
 use crate::request::{Event, FinishReason, RowError};
+use crate::reward::{number, trained};
 
 use super::rows::{Tally, TrackedRow};
-use super::{Server, new_id};
+use super::{Server, new_id, reward};
 
 use self::body::{Dialect, Plan};
 use self::choice::{Choice, Piece};
@@ -54,7 +55,33 @@ pub(super) async fn chat_completions(
     tally: Extension<Arc<Tally>>,
     body: Bytes,
 ) -> Response {
-    complete(Dialect::Chat, server.0, &tally, body).await.unwrap_or_else(IntoResponse::into_response)
+    let answer = match server.engine.info().config.reward {
+        Some(_) => score(&server, &tally, &body).await,
+        None => complete(Dialect::Chat, server.0, &tally, body).await,
+    };
+    answer.unwrap_or_else(IntoResponse::into_response)
+}
+
+/// What NVIDIA's hosted reward model answers to a chat: the values as a message (in a list), and again as log-probabilities of tokens that are
+/// the attributes' names.
+async fn score(server: &Arc<Server>, tally: &Arc<Tally>, body: &[u8]) -> Result<Response, ApiError> {
+    let messages = body::conversation(body)?;
+    let ids = reward::annotated(server, &messages).map_err(|error| ApiError::field("messages", error))?;
+    let texts = reward::fit(server, vec![ids]).map_err(|_| ApiError::internal("one text is too many".into()))?;
+    let prompt_tokens = texts[0].ids.len();
+    if texts[0].exceeded {
+        return Err(ApiError::context_length(format!("the conversation exceeds {prompt_tokens} tokens")));
+    }
+    let rewards = reward::rewards(server, tally, texts).await?;
+    let values = trained(&rewards[0]).map(|(name, value)| {
+        let value = number(value);
+        (format!("{name}:{value}"), json!({"token": name, "logprob": value, "bytes": null, "top_logprobs": []}))
+    });
+    let (texts, tokens): (Vec<String>, Vec<Value>) = values.unzip();
+    let message = json!([{"role": "assistant", "content": texts.join(",")}]);
+    let choice = json!({"index": 0, "message": message, "logprobs": {"content": tokens}, "finish_reason": "length"});
+    let answer = Answer::new(server, Dialect::Chat, true, prompt_tokens);
+    Ok(Json(answer.object("chat.completion", vec![choice], Some(answer.usage(1)))).into_response())
 }
 
 /// A refusal of any route below `/v1`.
@@ -80,7 +107,7 @@ async fn complete(
         let prepare = move || Plan::prepare(dialect, &body, server.engine.info(), &server.tokenizer, &server.chat);
         tokio::task::spawn_blocking(prepare).await.map_err(|error| ApiError::internal(error.to_string()))??
     };
-    let answer = Answer::new(&server, &plan);
+    let answer = Answer::new(&server, plan.dialect, plan.logprobs, plan.prompt_tokens);
     let group = server.engine.new_group();
     let rows = plan
         .rows
@@ -128,18 +155,18 @@ struct Answer {
 }
 
 impl Answer {
-    fn new(server: &Server, plan: &Plan) -> Self {
-        let prefix = match plan.dialect {
+    fn new(server: &Server, dialect: Dialect, logprobs: bool, prompt_tokens: usize) -> Self {
+        let prefix = match dialect {
             Dialect::Completions => "cmpl",
             Dialect::Chat => "chatcmpl",
         };
         Self {
-            dialect: plan.dialect,
+            dialect,
             id: format!("{prefix}-{}", new_id()),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs()),
             model: server.engine.info().model_name.clone(),
-            logprobs: plan.logprobs,
-            prompt_tokens: plan.prompt_tokens,
+            logprobs,
+            prompt_tokens,
         }
     }
 
