@@ -51,6 +51,13 @@ async fn models_and_errors() {
         (status, &models["object"], &models["data"][0]["object"]),
         (StatusCode::OK, &json!("list"), &json!("model"))
     );
+    let (status, one) = server.get(&format!("/v1/models/{}", text(&models["data"][0]["id"]))).await;
+    assert_eq!(
+        (status, serde_json::from_str::<Value>(&one).expect("JSON")),
+        (StatusCode::OK, models["data"][0].clone())
+    );
+    let (status, none) = server.get("/v1/models/no/such").await;
+    assert!(status == StatusCode::NOT_FOUND && none.contains("model_not_found"), "{none}");
     for (path, body, status, param) in [
         (COMPLETIONS, json!({"prompt": "a", "temperature": -1}), 400, json!("temperature")),
         (COMPLETIONS, json!({"prompt": ""}), 400, json!("prompt")),

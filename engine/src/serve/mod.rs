@@ -353,6 +353,32 @@ mod tests {
         let described: Vec<&String> = document["paths"].as_object().unwrap().keys().collect();
         let missing: Vec<&str> =
             ROUTES.into_iter().filter(|route| !described.iter().any(|path| path == route)).collect();
-        assert_eq!((missing, described.len()), (vec![], ROUTES.len()));
+        // Models by their id are many paths to metrics.
+        assert_eq!((missing, described.len()), (vec![], ROUTES.len() + 1));
+    }
+
+    #[tokio::test]
+    async fn a_body_that_never_ends_is_given_up() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let hasty = |request, next| receive(request, next, Duration::from_millis(50));
+        let app = Router::new().fallback(|body: Bytes| async { body }).layer(middleware::from_fn(hasty));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async { axum::serve(listener, app).await });
+        for (path, promised, expected) in [
+            ("/generate", 3, "408 Request Timeout"),
+            ("/generate", 3, r#"{"message":"the body did not come within 50ms"}"#),
+            ("/v1/completions", 3, r#"{"error":{"#),
+            ("/generate", 2, "200 OK"),
+        ] {
+            let mut connection = tokio::net::TcpStream::connect(address).await.unwrap();
+            let head = format!(
+                "PUT {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {promised}\r\n\r\n{{}}"
+            );
+            connection.write_all(head.as_bytes()).await.unwrap();
+            let mut answer = String::new();
+            connection.read_to_string(&mut answer).await.unwrap();
+            assert!(answer.contains(expected), "{path}: {answer}");
+        }
     }
 }
