@@ -118,6 +118,7 @@ pub const KEYS: &[Key] = &[
     key("deadlines.drain", None, Kind::Duration, "120s", "for a phase: running requests finish"),
     key("deadlines.storage", None, Kind::Duration, "300s", "a job's journal or output cannot be written"),
     key("deadlines.lease", None, Kind::Duration, "60s", "a replica shows no sign of life: the others take its rows over"),
+    key("deadlines.slurmd", None, Kind::Duration, "half of SlurmdTimeout", "a node's slurmd is gone: Slurm would end the job later"),
     key("deadlines.progress", None, Kind::Duration, "300s", "work is queued but no step completes: the run has hung"),
 ];
 

@@ -79,6 +79,16 @@ pub(crate) trait Ranks {
         false
     }
 
+    /// The port on which the scheduler's daemon listens on the rank's node.
+    fn daemon_port(&self, _rank: usize) -> Option<u16> {
+        None
+    }
+
+    /// For how long a run does well to go on while that daemon is gone.
+    fn daemon_patience(&self) -> Option<Duration> {
+        None
+    }
+
     /// Until the scheduler takes the nodes back, if it does and can be asked.
     fn time_left(&self) -> Option<Duration> {
         None

@@ -102,6 +102,8 @@ pub(crate) enum Up {
     Stats { stats: EngineStats, job: Option<JobProgress> },
     /// Rank 0 works; `url` when it serves.
     Ready { url: Option<String> },
+    /// The scheduler's daemon on this rank's node has gone, or is back.
+    Daemon { there: bool },
     /// The rank's process got SIGTERM or SIGINT from outside.
     Signalled { interrupt: bool },
     /// The last message.
@@ -136,7 +138,8 @@ impl RankEnd {
 #[serde(tag = "type", rename_all = "snake_case")]
 pub(crate) enum Down {
     /// Everybody is here; one address per rank. `seconds_left` is the time for a job's rows: no point in time, as hosts' clocks differ.
-    Peers { addresses: Vec<SocketAddr>, seconds_left: Option<f64> },
+    /// `daemon_port` is where the scheduler's daemon listens on this node, if this rank shall watch it.
+    Peers { addresses: Vec<SocketAddr>, seconds_left: Option<f64>, daemon_port: Option<u16> },
     /// Rank 0: the steps that each rank has completed when it was heard last.
     Steps { steps: Vec<u64> },
     /// Rank 0: take nothing more in, finish what runs, then end.

@@ -124,6 +124,8 @@ pub(crate) fn whole(spec: &RunSpec, parts: Vec<Status>) -> Status {
     let notes: Vec<_> =
         parts.iter().filter_map(|part| Some(format!("{}: {}", part.run, part.note.as_ref()?))).collect();
     whole.note = (!notes.is_empty()).then(|| notes.join("; "));
+    whole.warnings =
+        parts.iter().flat_map(|part| part.warnings.iter().map(|warning| format!("{}: {warning}", part.run))).collect();
     whole.replicas = parts;
     whole
 }

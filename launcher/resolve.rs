@@ -308,6 +308,7 @@ fn deadlines(settings: &Settings, plan: &Plan) -> Deadlines {
         drain: or("deadlines.drain", 120),
         progress: or("deadlines.progress", 300),
         storage: or("deadlines.storage", 300),
+        slurmd_s: settings.duration("deadlines.slurmd").map(|limit| limit.as_secs_f64()),
     }
 }
 

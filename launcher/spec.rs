@@ -122,6 +122,9 @@ pub struct Deadlines {
     /// For how long a job bears that its journal or output cannot be written.
     #[serde(with = "crate::seconds")]
     pub storage: Duration,
+    /// For how long a run goes on while the slurmd of a node is gone; else it follows from Slurm's own patience.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slurmd_s: Option<f64>,
 }
 
 #[cfg(test)]
@@ -159,6 +162,7 @@ pub(crate) mod testing {
                 drain: seconds(20),
                 progress: seconds(20),
                 storage: seconds(20),
+                slurmd_s: None,
             },
             continuation: Continuation::default(),
             replicas: None,

@@ -114,6 +114,9 @@ pub(crate) struct Status {
     /// Of a run that holds some.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) replicas: Vec<Self>,
+    /// What is not as it should be, now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) warnings: Vec<String>,
     /// What the scheduler adds; never in the file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) note: Option<String>,
@@ -226,6 +229,7 @@ impl Status {
             eta_s: None,
             until: None,
             replicas: Vec::new(),
+            warnings: Vec::new(),
             note: None,
             end: None,
         }

@@ -131,9 +131,7 @@ fn fill(
         write_private(&run_dir.path().join(SECRETS_FILE), secrets).context("cannot write the secrets")?;
     }
     let job = job::submit(run_dir, &script, &[], &variables)?;
-    if let Some(failure) = doubt {
-        job.check_can_start(failure)?;
-    }
+    job.check_can_start(doubt)?;
     Ok(job)
 }
 

@@ -214,8 +214,14 @@ impl Reporter for Post {
     }
 }
 
-/// Addresses by rank, and until when a job's rows may run.
-type Everybody = (Vec<SocketAddr>, Option<Instant>);
+/// What this rank needs to know when everybody is here.
+struct Everybody {
+    /// By rank.
+    addresses: Vec<SocketAddr>,
+    /// Until when a job's rows may run.
+    deadline: Option<Instant>,
+    daemon_port: Option<u16>,
+}
 
 /// The receiving side of the connection: as long as it stands, there is a supervisor.
 struct Lifeline {
@@ -232,9 +238,10 @@ impl Lifeline {
         std::thread::Builder::new().name("lifeline".into()).spawn(move || {
             loop {
                 match self.messages.next() {
-                    Ok(Down::Peers { addresses, seconds_left }) => {
+                    Ok(Down::Peers { addresses, seconds_left, daemon_port }) => {
                         let left = seconds_left.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-                        _ = self.peers.send((addresses, left.map(|left| Instant::now() + left)));
+                        let deadline = left.map(|left| Instant::now() + left);
+                        _ = self.peers.send(Everybody { addresses, deadline, daemon_port });
                     }
                     Ok(Down::Steps { steps }) => {
                         if let Some(engine) = self.post.engine.get() {
@@ -322,7 +329,13 @@ impl Member<'_> {
         }
         let errand = if self.rank == 0 { Some(self.preflight()?) } else { None };
         self.post.phase(Phase::Rendezvous);
-        let (addresses, job_deadline) = peers.recv().context("the lifeline has ended")?;
+        let Everybody { addresses, deadline: job_deadline, daemon_port } =
+            peers.recv().context("the lifeline has ended")?;
+        if let Some(port) = daemon_port {
+            let post = Arc::clone(self.post);
+            let watch = move || slurm::daemon::watch(port, |there| post.say(Up::Daemon { there }));
+            std::thread::Builder::new().name("slurmd watch".into()).spawn(watch).context("cannot start a thread")?;
+        }
         let deadline = Instant::now() + self.spec.deadlines.comm_init;
         let peers = (addresses.len() > 1).then_some(Peers { listener, addresses, secret, deadline });
         let reporter: Arc<dyn Reporter> = Arc::<Post>::clone(self.post);

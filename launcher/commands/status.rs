@@ -79,6 +79,9 @@ fn table(status: &Status) -> String {
     if let Some(supervisor) = &status.supervisor {
         _ = write!(view, "\nsupervisor: host {}, pid {}", supervisor.host, supervisor.pid);
     }
+    for warning in &status.warnings {
+        _ = write!(view, "\nwarning: {warning}");
+    }
     for part in &status.replicas {
         _ = write!(view, "\n{:<24} {}", part.run, line(part));
     }

@@ -16,7 +16,7 @@ use crate::slurm::parse::{self, SQUEUE_FORMAT};
 use crate::tail::last_lines;
 
 /// How long a question may take whose answer is waited for while Slurm ends the job.
-const URGENT: Duration = Duration::from_secs(2);
+pub(super) const URGENT: Duration = Duration::from_secs(2);
 /// Lines of the batch script's log that are looked at.
 const LOG_LINES: usize = 100;
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::client::{self, BRIEF, PATIENCE, Request, arguments};
-use super::parse::{format_time, time_limit};
+use super::parse::{config_value, format_time, time_limit};
 use crate::report::Outcome;
 
 /// Format for `sinfo -h -o`.
@@ -73,10 +73,7 @@ impl Habits {
     }
 
     fn of_config(text: &str) -> Self {
-        let value = |key: &str| {
-            let mut lines = text.lines().filter_map(|line| line.split_once('='));
-            lines.find(|(name, _)| name.trim() == key).map_or("", |(_, value)| value.trim())
-        };
+        let value = |key: &str| config_value(text, key).unwrap_or_default();
         Self {
             account: None,
             has_accounting: value("AccountingStorageType") == "accounting_storage/slurmdbd",

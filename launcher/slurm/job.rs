@@ -17,8 +17,8 @@ use crate::supervise::narrate;
 /// For how long a job is looked for whose submission was not answered.
 const SEARCH: Duration = Duration::from_secs(60);
 
-/// For how long Slurm is asked why a job waits.
-const VERDICT: Duration = Duration::from_secs(5);
+/// For how long Slurm is asked why a job waits, when there is a doubt whether it can start at all, and when there is none.
+const VERDICT: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
 /// How Slurm says that no nodes can be had.
 pub(crate) const NO_NODES: &str = "Requested node configuration is not available";
 
@@ -79,20 +79,32 @@ impl Job {
         ask("scancel", &[self.id.to_string()], &Request::within(PATIENCE)).map(drop)
     }
 
-    /// After a refusal that `--test-only` gave: whether the job waits for nodes that may come back. One that never will is cancelled.
-    pub(crate) fn check_can_start(&self, refusal: Failure) -> Outcome {
-        let deadline = Instant::now() + VERDICT;
+    /// Whether the job, which was just submitted, waits for what may come. One that would wait for ever is cancelled. `refusal` is what
+    /// `--test-only` gave: it says the same of nodes that are only down or drained for now.
+    pub(crate) fn check_can_start(&self, refusal: Option<Failure>) -> Outcome {
+        let deadline = Instant::now() + if refusal.is_some() { VERDICT.0 } else { VERDICT.1 };
         loop {
             let queued = self.look(BRIEF)?.filter(|queued| queued.state.is_waiting());
             let Some(reason) = queued.map(|queued| parse::reason(&queued.reason)) else { return Ok(()) };
-            if reason.stuck {
+            // Who holds a job means to let it go.
+            if reason.stuck && !reason.held {
                 self.cancel()?;
                 self.wait_gone(SEARCH)?;
-                let error = refusal.error.context(format!("Slurm would never start the job: {}", reason.words));
-                return Err(refusal.hints.into_iter().fold(Failure::new(Exit::SchedulerRefused, error), Failure::hint));
+                let text = format!("Slurm would never start the job: {}", reason.words);
+                let refusal = refusal.unwrap_or_else(|| {
+                    Failure::msg(Exit::SchedulerRefused, "it was submitted, looked at and cancelled").hint(
+                        "ask for less, or by another account, --qos or --partition; \
+                         `sacctmgr show associations user=$USER` and `sacctmgr show qos` list the limits",
+                    )
+                });
+                let error = Failure::new(Exit::SchedulerRefused, refusal.error.context(text));
+                return Err(refusal.hints.into_iter().fold(error, Failure::hint));
             }
-            if reason.decided || Instant::now() >= deadline {
+            let over = Instant::now() >= deadline;
+            if reason.decided || over && refusal.is_some() {
                 narrate(&format!("job {} waits: {}", self.id, reason.words));
+            }
+            if reason.decided || over {
                 return Ok(());
             }
             std::thread::sleep(Duration::from_millis(100));

@@ -4,6 +4,7 @@
 
 mod again;
 pub(crate) mod client;
+pub(crate) mod daemon;
 pub(crate) mod env;
 pub mod hostlist;
 pub mod inventory;

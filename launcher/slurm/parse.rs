@@ -98,6 +98,12 @@ impl ExitStatus {
     }
 }
 
+/// The value of a key in what `scontrol show config` prints: `SlurmdTimeout           = 300 sec`.
+pub(crate) fn config_value<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    let mut lines = text.lines().filter_map(|line| line.split_once('='));
+    lines.find(|(name, _)| name.trim() == key).map(|(_, value)| value.trim())
+}
+
 /// The fields of the line that `scontrol -o show job` prints. Values may hold spaces: a field begins at a known key.
 pub fn job_fields(line: &str) -> BTreeMap<&str, &str> {
     const KEYS: [&str; 25] = [
@@ -271,6 +277,8 @@ pub struct Reason {
     pub words: String,
     /// It will not start by itself: somebody must change something.
     pub stuck: bool,
+    /// Somebody has said that it shall wait.
+    pub held: bool,
     /// Slurm has looked at it.
     pub decided: bool,
 }
@@ -278,7 +286,8 @@ pub struct Reason {
 /// What a reason of squeue (`%r`) means.
 pub fn reason(text: &str) -> Reason {
     let text = text.trim().trim_start_matches('(').trim_end_matches(')');
-    let known = |words: &str, stuck| Reason { words: words.into(), stuck, decided: !matches!(text, "" | "None") };
+    let (held, decided) = (text.starts_with("JobHeld"), !matches!(text, "" | "None"));
+    let known = |words: &str, stuck| Reason { words: words.into(), stuck, held, decided };
     let word = text.split([',', ' ', ':']).next().unwrap_or_default();
     match word {
         "" | "None" => known("Slurm has not looked at it yet", false),

@@ -15,7 +15,8 @@ use crate::ranks::{Notice, Ranks};
 use crate::rendezvous::{NETWORK_HINT, local_ip, own_addresses};
 use crate::report::{Exit, Failure, Outcome};
 use crate::rundir::RunDir;
-use crate::slurm::again::OwnJob;
+use crate::slurm::again::{OwnJob, URGENT};
+use crate::slurm::daemon::Daemons;
 use crate::slurm::env::Allocation;
 use crate::spec::RunSpec;
 use crate::tail::Tail;
@@ -31,6 +32,7 @@ pub(crate) struct Step {
     run_dir: RunDir,
     allocation: Allocation,
     job: OwnJob,
+    daemons: Daemons,
     per_node: usize,
     options: Vec<String>,
     /// What each task runs.
@@ -74,11 +76,13 @@ impl Step {
         let mut command = site.container.command_prefix(&needed, spec.device);
         command.extend([binary.as_path(), Path::new("worker"), run_dir.path()].map(|word| word.display().to_string()));
         let job = OwnJob::new(run_dir, site, &allocation);
+        let daemons = Daemons::ask(&allocation.nodes, URGENT);
         let (run_dir, per_node) = (run_dir.clone(), site.devices_per_node);
         Ok(Self {
             run_dir,
             allocation,
             job,
+            daemons,
             per_node,
             options,
             command,
@@ -256,6 +260,14 @@ impl Ranks for Step {
 
     fn are_scheduled(&self) -> bool {
         true
+    }
+
+    fn daemon_port(&self, rank: usize) -> Option<u16> {
+        self.daemons.port(rank / self.per_node)
+    }
+
+    fn daemon_patience(&self) -> Option<Duration> {
+        self.daemons.patience()
     }
 
     fn time_left(&self) -> Option<Duration> {

@@ -280,6 +280,7 @@ impl<'a> Supervisor<'a> {
                 self.leads = true;
                 self.record.status.url = url;
             }
+            Up::Daemon { there } => self.daemon_changed(rank, there),
             // A scheduler signals all ranks at once; only the first counts, and none as the impatient second signal.
             Up::Signalled { .. } if !matches!(self.course, Course::Running) => {}
             Up::Signalled { .. } if self.ranks.are_scheduled() => {
@@ -431,8 +432,12 @@ impl<'a> Supervisor<'a> {
             let addresses: Vec<SocketAddr> = self.members.iter().filter_map(|member| member.address).collect();
             let ends = [self.job_deadline, self.closes].into_iter().flatten().min();
             let seconds_left = ends.map(|ends| ends.saturating_duration_since(Instant::now()).as_secs_f64());
-            for link in self.members.iter().filter_map(|member| member.link.as_ref()) {
-                _ = link.send(&Down::Peers { addresses: addresses.clone(), seconds_left });
+            for member in &self.members {
+                let rank = member.status.rank;
+                // One rank looks for all of its node.
+                let daemon_port = self.ranks.daemon_port(rank).filter(|_| self.spec.local_rank(rank) == 0);
+                let peers = Down::Peers { addresses: addresses.clone(), seconds_left, daemon_port };
+                _ = member.link.as_ref().map(|link| link.send(&peers));
             }
         }
         let phase = self.startup_phase();

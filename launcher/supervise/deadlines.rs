@@ -68,6 +68,9 @@ impl Supervisor<'_> {
             let fault = self.late();
             return self.fail_now(fault);
         }
+        if let Some(fault) = self.abandoned_node(now) {
+            return self.fail_now(fault);
+        }
         let limit = self.spec.deadlines.progress;
         let silence = limit.min(SILENCE);
         let silent = |member: &&Member| member.is_connected() && now.duration_since(member.heard) >= silence;

@@ -17,6 +17,7 @@ pub(crate) struct Display {
     mode: Mode,
     /// What was shown: phase, and what the scheduler said.
     shown: Option<(RunPhase, Option<String>)>,
+    warned: Vec<String>,
     spoke: Instant,
 }
 
@@ -39,7 +40,7 @@ impl Display {
         } else {
             Mode::Lines
         };
-        Self { mode, shown: None, spoke: Instant::now() }
+        Self { mode, shown: None, warned: Vec::new(), spoke: Instant::now() }
     }
 
     /// Shows the present state. How a run ended is for its command to say.
@@ -49,6 +50,10 @@ impl Display {
         }
         // READY and BUSY alternate with every request; only the moving line follows them.
         let phase = if status.phase == RunPhase::Busy { RunPhase::Ready } else { status.phase };
+        for warning in status.warnings.iter().filter(|warning| !self.warned.contains(warning)) {
+            self.say(&format!("warning: {warning}"));
+        }
+        self.warned.clone_from(&status.warnings);
         let news = Some((phase, status.note.clone()));
         let changed = self.shown != news;
         self.shown = news;

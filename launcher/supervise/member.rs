@@ -20,6 +20,8 @@ pub(super) struct Member {
     pub(super) end: Option<RankEnd>,
     /// When it was heard last.
     pub(super) heard: Instant,
+    /// Since when the scheduler's daemon on its node is gone; on the first rank of a node only.
+    pub(super) daemon_gone: Option<Instant>,
     closed: Option<Instant>,
     exited: Option<(ExitStatus, Instant)>,
     buried: bool,
@@ -51,6 +53,7 @@ impl Member {
             link: None,
             end: None,
             heard: Instant::now(),
+            daemon_gone: None,
             closed: None,
             exited: None,
             buried: false,

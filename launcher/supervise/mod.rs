@@ -10,6 +10,7 @@ mod record;
 #[cfg(test)]
 mod tests;
 mod verdict;
+mod warnings;
 
 use std::fs;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};

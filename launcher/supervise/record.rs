@@ -80,6 +80,22 @@ impl<'a> Record<'a> {
         self.event(Event::new("note").text(text));
     }
 
+    /// Shows a warning until it is withdrawn, or the attempt ends.
+    pub(super) fn warn(&mut self, event: Event) {
+        let text = event.text.clone().unwrap_or_default();
+        self.status.warnings.push(text);
+        self.event(event);
+        self.changed = true;
+    }
+
+    /// The warnings that begin like this hold no longer; `event` says so.
+    pub(super) fn withdraw(&mut self, subject: &str, event: Event) {
+        self.status.warnings.retain(|warning| !warning.starts_with(subject));
+        self.display.say(event.text.as_deref().unwrap_or_default());
+        self.event(event);
+        self.changed = true;
+    }
+
     pub(super) fn fault(&mut self, fault: &Fault, host: Option<String>) {
         let mut event = Event::new("fault").phase(self.status.phase).text(fault.error.join(": "));
         event.exit_code = Some(fault.exit as u8);
@@ -140,6 +156,7 @@ impl<'a> Record<'a> {
         self.enter(RunPhase::Pending, None);
         let status = &mut self.status;
         (status.attempt, status.url, status.eta_s, status.until) = (next, None, None, None);
+        status.warnings.clear();
         // Whoever cancels the run in between finds this process.
         status.supervisor = status.supervisor.take().filter(|_| here);
         self.write_status();
@@ -153,6 +170,7 @@ impl<'a> Record<'a> {
         let end = verdict.end();
         self.status.end = Some(end.clone());
         (self.status.eta_s, self.status.until) = (None, None);
+        self.status.warnings.clear();
         if self.status.job.is_some() {
             self.status.tokens_per_second = tokens_per_second(&self.attempts);
         }

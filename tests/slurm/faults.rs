@@ -4,6 +4,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
+use serde_json::Value;
 
 use super::support::{Cluster, PATIENCE, frozen};
 
@@ -19,6 +20,7 @@ fn faults_are_found_and_named() {
         ("a start is cancelled at any time", a_start_is_cancelled_at_any_time),
         ("a node that dies", a_node_that_dies),
         ("a node without its network", a_node_without_its_network),
+        ("a slurmd that is killed", a_slurmd_that_is_killed),
     ]);
 }
 
@@ -154,4 +156,45 @@ fn a_node_without_its_network(cluster: &Cluster) {
         std::thread::sleep(Duration::from_millis(50));
     }
     assert!(cluster.script(&["node", "heal", second]).status.success());
+}
+
+/// Its tasks live on: a restart in time harms nobody, and a slurmd that stays away ends the run before Slurm does.
+fn a_slurmd_that_is_killed(cluster: &Cluster) {
+    let [_, second] = &cluster.nodes;
+    let warnings = |run: &str| cluster.status(run)["warnings"].as_array().cloned().unwrap_or_default();
+    let within_15_s = |what: &str, holds: &dyn Fn() -> bool| {
+        let start = Instant::now();
+        while !holds() {
+            assert!(start.elapsed() < Duration::from_secs(15), "{what}: {}", cluster.status("upgraded"));
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        println!("  {what}: {:.1} s", start.elapsed().as_secs_f64());
+    };
+    let node = |action: &str| assert!(cluster.script(&["node", action, second]).status.success());
+    let generate = ["generate", "--run", "upgraded", "--raw", "--tokens-to-generate", "4", "--prompt", "O"];
+
+    assert_eq!(cluster.launch("upgraded", &["--serve", "--wait", "ready"]).0, 0);
+    node("kill");
+    let gone = format!("slurmd on {second} is gone");
+    within_15_s("the loss is seen", &|| !warnings("upgraded").is_empty());
+    let shown = cluster.stdout(&["status", "upgraded"]);
+    // Half of the cluster's SlurmdTimeout.
+    assert!(shown.contains(&format!("warning: {gone}")) && shown.contains("not back within 1m00s"), "{shown}");
+    assert!(cluster.stdout(&generate).len() > 1);
+    node("start");
+    within_15_s("the return is seen", &|| warnings("upgraded").is_empty());
+    let events = cluster.stdout(&["events", "upgraded"]);
+    assert!(events.contains(&gone) && events.contains(&format!("slurmd on {second} is back")), "{events}");
+    assert!(cluster.stdout(&generate).len() > 1);
+    cluster.stdout(&["cancel", "upgraded"]);
+    assert_eq!(cluster.status("upgraded")["phase"], "DONE");
+
+    assert_eq!(cluster.launch("abandoned", &["--serve", "--set", "deadlines.slurmd=2s", "--wait", "ready"]).0, 0);
+    let start = Instant::now();
+    node("kill");
+    let took = ends_with(cluster, "abandoned", 25, &format!("slurmd on {second} has been gone for 2s"), start);
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    let report: Value = serde_json::from_slice(&fs::read(cluster.file("abandoned", "report.json")).unwrap()).unwrap();
+    assert_eq!(report["nodes_blamed"][0]["node"], second.as_str(), "{report}");
+    node("start");
 }
