@@ -9,7 +9,9 @@ static constexpr unsigned GEMM_STAGES = 3u;
 static constexpr unsigned STORE_F32 = 0u;
 static constexpr unsigned STORE_BF16 = 1u;
 static constexpr unsigned STORE_RELU2_BF16 = 2u;
-static constexpr unsigned TIMED_OUT = 1u;
+static constexpr unsigned REDUCE_ROWS = 8u;
+static constexpr unsigned REDUCE_SLICES = 8u;
+static constexpr unsigned REDUCE_FLAGS = 512u;
 static constexpr unsigned NOT_FINITE = 4294967295u;
 
 // x[r] = table[tokens[r] − first_id], or zeros where this rank's part of the vocabulary does not hold that id.
@@ -47,20 +49,21 @@ struct AddNorm {
     unsigned reserved;
 };
 
-// Sums x over the ranks that share a node and goes on as [`AddNorm`]: x = (x if add) + tree(partials); out = norm(x).
-// Every rank launches it with the same shape. A rank's `partials` may be overwritten when its *next* all-reduce has run, so two
-// buffers used in turn are enough.
+// As [`AddNorm`] with the sum of all ranks' y, of at most [`AllReduceNorm::MAX_ROWS`] rows, over ranks that see each other's memory:
+// x += tree(y of rank 0, y of rank 1, …); out = norm(x). The order of additions is that of gathering every y and adding with
+// [`GemmReduce`] and [`AddNorm`], so either way gives the same bits. All ranks launch it with the same shape, as often.
 struct AllReduceNorm {
-    // Each rank's summand, [rows, hidden]; entry i is rank i's buffer, seen from this rank.
-    float* partials[8];
-    // Each rank's flags, u32 [grid, 8]: zero before the first launch, then left to these kernels. Entry i is rank i's buffer.
-    unsigned* flags[8];
-    // This rank's entry of `flags`.
+    // Entry i is rank i's area, seen from this rank: its flags, u32 [blocks, 8], then numbers that it shows to the others, f32
+    // [2, MAX_ROWS, hidden]. All zero before the first launch.
+    unsigned* areas[8];
+    // This rank's entry of `areas`.
     unsigned* own_flags;
-    // This rank's count of launches for each block, [grid]; zero before the first launch.
-    unsigned* epochs;
-    // [1]: [`TIMED_OUT`] if a peer did not come within `timeout_ns`; the results are then worthless.
-    unsigned* status;
+    // [blocks + MAX_ROWS], of this rank alone: its launches of each block, and blocks that are done with each row; zero before the first.
+    unsigned* counts;
+    // Whatever is not 0, written by the host, ends the waiting for ranks that do not come; the results are then worthless.
+    unsigned* stop;
+    // This rank's summand, [rows, hidden].
+    float* y;
     // [rows, hidden]
     float* x;
     // 1 + γ, [hidden], or null: no norm.
@@ -68,14 +71,10 @@ struct AllReduceNorm {
     float* shift;
     // [rows, hidden]
     bf16* out;
-    unsigned long long timeout_ns;
-    unsigned rows;
     unsigned hidden;
     unsigned rank;
     // 2, 4 or 8
     unsigned ranks;
-    // 1: x is added to; 0: it is overwritten (after the embedding).
-    unsigned add;
     float eps;
 };
 

@@ -94,7 +94,7 @@ DEVICE u32 load_acquire(const u32* flag) {
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
     return value;
 }
-// A number that another device wrote: not from this device's caches of read-only data.
+// A number that another device or block wrote: not from a multiprocessor's own cache.
 DEVICE float4 load_peer(const float4* from) {
     float4 v;
     asm volatile("ld.relaxed.sys.global.v4.f32 {%0,%1,%2,%3}, [%4];"
@@ -103,10 +103,11 @@ DEVICE float4 load_peer(const float4* from) {
                  : "memory");
     return v;
 }
-DEVICE u64 clock_ns() {
-    u64 ns;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
-    return ns;
+// Counts up and returns the count before. What this thread knew before it is seen by whoever counts after it, on this device.
+DEVICE u32 arrive(u32* counter) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
 }
 DEVICE void pause_spinning() { __nanosleep(40); }
 

@@ -60,61 +60,70 @@ KERNEL(add_norm, AddNorm, 1024) {
     if (args.scale) normalise(held, args.hidden, args.eps, args.scale, args.shift, args.out + start, scratch);
 }
 
-// x = (x if add) + the sum of all ranks' numbers, one row.
+// x += the sum of all ranks' numbers, groups begin .. end of a row.
 template <u32 RANKS>
-DEVICE void reduce_row(const AllReduceNorm& args, u64 start) {
-    float4* x = reinterpret_cast<float4*>(args.x + start);
+DEVICE void reduce_row(const AllReduceNorm& args, float4* x, u64 staged, u32 begin, u32 end) {
     ROLLED
-    for (u32 at = threadIdx.x; at < args.hidden / 4; at += blockDim.x) {
+    for (u32 at = begin + threadIdx.x; at < end; at += blockDim.x) {
         // All ranks' numbers are asked for before the first is used.
         float4 parts[RANKS];
         UNROLL
-        for (u32 rank = 0; rank < RANKS; ++rank) parts[rank] = load_peer(reinterpret_cast<const float4*>(args.partials[rank] + start) + at);
+        for (u32 rank = 0; rank < RANKS; ++rank) parts[rank] = load_peer(reinterpret_cast<const float4*>(args.areas[rank] + staged) + at);
         UNROLL
         for (u32 step = 1; step < RANKS; step *= 2) {
             UNROLL
             for (u32 rank = 0; rank < RANKS; rank += 2 * step) parts[rank] = add(parts[rank], parts[rank + step]);
         }
-        x[at] = args.add ? add(x[at], parts[0]) : parts[0];
+        x[at] = add(x[at], parts[0]);
     }
 }
 
-// Each block takes rows blockIdx.x, blockIdx.x + gridDim.x, … of every rank's summand, after it has met the same block of all ranks: it
-// raises its own flag at each peer and waits for theirs. Flags hold the number of the launch, so they are never lowered.
+// A block takes one slice of one row: it stages this rank's numbers, meets the same block of all ranks (it raises its own flag at each
+// peer and waits for theirs), and adds what all have staged. Flags hold the number of the meeting, so they are never lowered. Meetings
+// stage in two places by turns: when a rank comes to the next meeting it has read this one's numbers. The last block of a row norms it.
 KERNEL(all_reduce_norm, AllReduceNorm, 1024) {
     SHARED(float, scratch, 32);
-    SHARED(u32, epoch, 1);
-    if (threadIdx.x == 0) {
-        *epoch = args.epochs[blockIdx.x] + 1;
-        args.epochs[blockIdx.x] = *epoch;
+    SHARED(u32, shared, 2);
+    const u32 row = blockIdx.y, block = row * REDUCE_SLICES + blockIdx.x, groups = args.hidden / 4;
+    if (threadIdx.x == 0) shared[0] = ++args.counts[block];
+    __syncthreads();
+    const u32 meeting = shared[0];
+    // Slices begin at whole lines of memory.
+    const u32 length = ceil_div(ceil_div(groups, REDUCE_SLICES), 8) * 8;
+    const u32 begin = min(blockIdx.x * length, groups), end = min(begin + length, groups);
+    const u64 staged = REDUCE_FLAGS + static_cast<u64>(meeting % 2 * REDUCE_ROWS + row) * args.hidden;
+    const u64 start = static_cast<u64>(row) * args.hidden;
+    float4* x = reinterpret_cast<float4*>(args.x + start);
+    UNROLL
+    for (u32 rank = 0; rank < 8; ++rank) {
+        if (rank != args.rank) continue;
+        float4* own = reinterpret_cast<float4*>(args.areas[rank] + staged);
+        for (u32 at = begin + threadIdx.x; at < end; at += blockDim.x) own[at] = reinterpret_cast<const float4*>(args.y + start)[at];
     }
     __syncthreads();
     UNROLL
     for (u32 peer = 0; peer < 8; ++peer) {
-        if (threadIdx.x != peer || peer >= args.ranks) continue;
-        store_release(args.flags[peer] + blockIdx.x * 8 + args.rank, *epoch);
-        const u32* flag = args.own_flags + blockIdx.x * 8 + peer;
-        const u64 start = clock_ns();
-        // A peer may already have gone on to the next launch; the difference is right even when the numbers wrap around.
-        while (static_cast<int>(load_acquire(flag) - *epoch) < 0) {
-            if (clock_ns() - start > args.timeout_ns) {
-                *args.status = TIMED_OUT;
-                break;
-            }
+        if (threadIdx.x == peer && peer < args.ranks) store_release(args.areas[peer] + block * 8 + args.rank, meeting);
+    }
+    if (threadIdx.x < args.ranks) {
+        const u32* flag = args.own_flags + block * 8 + threadIdx.x;
+        // A peer may already have gone on to the next meeting; the difference is right even when the numbers wrap around.
+        for (u32 spins = 1; static_cast<int>(load_acquire(flag) - meeting) < 0; ++spins) {
+            // The host's word is far away, so it is asked for rarely.
+            if (spins % 64 == 0 && load_acquire(args.stop)) break;
             pause_spinning();
         }
     }
     __syncthreads();
-    for (u32 row = blockIdx.x; row < args.rows; row += gridDim.x) {
-        const u64 start = static_cast<u64>(row) * args.hidden;
-        if (args.ranks == 2) reduce_row<2>(args, start);
-        if (args.ranks == 4) reduce_row<4>(args, start);
-        if (args.ranks == 8) reduce_row<8>(args, start);
-        if (!args.scale) continue;
-        // A thread reads what it has written itself.
-        const float4* x = reinterpret_cast<const float4*>(args.x + start);
-        float4 held[HELD];
-        load_row(held, args.hidden, [&](u32 at) { return x[at]; });
-        normalise(held, args.hidden, args.eps, args.scale, args.shift, args.out + start, scratch);
-    }
+    if (args.ranks == 2) reduce_row<2>(args, x, staged, begin, end);
+    if (args.ranks == 4) reduce_row<4>(args, x, staged, begin, end);
+    if (args.ranks == 8) reduce_row<8>(args, x, staged, begin, end);
+    if (!args.scale) return;
+    __syncthreads();
+    if (threadIdx.x == 0) shared[1] = arrive(args.counts + REDUCE_ROWS * REDUCE_SLICES + row);
+    __syncthreads();
+    if (shared[1] % REDUCE_SLICES != REDUCE_SLICES - 1) return;
+    float4 held[HELD];
+    load_row(held, args.hidden, [&](u32 at) { return load_peer(x + at); });
+    normalise(held, args.hidden, args.eps, args.scale, args.shift, args.out + start, scratch);
 }

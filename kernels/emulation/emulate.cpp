@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -13,6 +14,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #undef threadIdx
@@ -258,9 +260,14 @@ void run(std::vector<std::unique_ptr<Block>>& blocks, std::size_t count, std::mt
     if (order.kind == 1) std::reverse(turn.begin(), turn.end());
     for (;;) {
         if (order.kind == 2) std::shuffle(turn.begin(), turn.end(), random);
-        bool moved = false, left = false;
-        for (Fiber* fiber : turn)
-            if (fiber->state == State::spinning) fiber->state = State::ready;
+        bool moved = false, left = false, spins = false;
+        for (Fiber* fiber : turn) {
+            if (fiber->state != State::spinning) continue;
+            fiber->state = State::ready;
+            spins = true;
+        }
+        // What is waited for may be another process's turn.
+        if (spins) std::this_thread::sleep_for(std::chrono::microseconds(20));
         for (std::size_t i = 0; i < turn.size(); i += order.kind == 2 ? 1 : 32) {
             moved |= advance(turn, i, order.kind == 2 ? 1 : 32);
             if (!error.empty()) return;

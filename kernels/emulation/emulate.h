@@ -7,7 +7,6 @@
 // It knows nothing of speed, bank conflicts, caches, or the order in which other devices see writes.
 #pragma once
 
-#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -191,7 +190,5 @@ template <int pending> void wait_copies() { emulation::wait_copies(pending); }
 inline void store_release(u32* flag, u32 value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
 inline u32 load_acquire(const u32* flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE); }
 inline float4 load_peer(const float4* from) { return *from; }
-inline u64 clock_ns() {
-    return static_cast<u64>(std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count());
-}
+inline u32 arrive(u32* counter) { return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL); }
 inline void pause_spinning() { emulation::give_way(); }

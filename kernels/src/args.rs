@@ -8,7 +8,8 @@ use std::marker::PhantomData;
 #[repr(transparent)]
 pub struct Ptr<T> {
     pub address: u64,
-    element: PhantomData<*const T>,
+    /// Only a number to the host, so any thread may have it.
+    element: PhantomData<fn() -> T>,
 }
 
 impl<T> Ptr<T> {

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use crate::args::Layout;
 use crate::ops::{
     AddNorm, Advance, AllReduceNorm, Attention, AttentionCombine, Embed, GatherRows, Gemm, GemmReduce, Logprob,
-    MAX_GROUP, MAX_HEAD_DIM, MAX_PARTS, RopeAppend, SPLIT_TOKENS, Sample,
+    MAX_GROUP, MAX_HEAD_DIM, MAX_PARTS, MAX_PEERS, RopeAppend, SPLIT_TOKENS, Sample,
 };
 
 /// A kernel with its grid and arguments: what `cuLaunchKernel` takes, with [`Self::args`] as the only kernel parameter.
@@ -80,13 +80,24 @@ impl AddNorm {
 }
 
 impl AllReduceNorm {
-    /// Blocks at most: all of them must be on the device at once, on every rank, as they wait for each other.
-    pub const MAX_BLOCKS: u32 = 64;
+    /// Of one launch. With more, NCCL's transfers are as fast; and all blocks must be on the device at once, on every rank, as they wait
+    /// for each other.
+    pub const MAX_ROWS: u32 = 8;
+    /// Blocks that share a row.
+    pub(crate) const SLICES: u32 = 8;
+    /// Words of an area before its numbers.
+    pub(crate) const FLAGS: u32 = Self::MAX_ROWS * Self::SLICES * MAX_PEERS;
 
-    pub fn launch(&self) -> Launch {
+    /// Bytes of an area, and of `counts`.
+    pub const fn bytes(hidden: usize) -> (usize, usize) {
+        let (rows, slices) = (Self::MAX_ROWS as usize, Self::SLICES as usize);
+        (4 * (Self::FLAGS as usize + 2 * rows * hidden), 4 * (rows * slices + rows))
+    }
+
+    pub fn launch(&self, rows: u32) -> Launch {
         assert!(matches!(self.ranks, 2 | 4 | 8) && self.rank < self.ranks, "rank {} of {}", self.rank, self.ranks);
-        let grid = self.rows.min(Self::MAX_BLOCKS);
-        Launch::new("all_reduce_norm", [grid, 1, 1], norm_threads(self.hidden), 0, self)
+        assert!(rows <= Self::MAX_ROWS, "{rows} rows");
+        Launch::new("all_reduce_norm", [Self::SLICES, rows, 1], norm_threads(self.hidden), 0, self)
     }
 }
 

@@ -97,7 +97,10 @@ impl Nvrtc {
     pub fn compile(&self, source: &str, headers: &[(&str, &str)], target: &str) -> Result<Image, NvrtcError> {
         let c_string = |text: &str| CString::new(text).expect("kernel sources have no NUL");
         let pointers = |strings: &[CString]| strings.iter().map(|string| string.as_ptr()).collect::<Vec<_>>();
-        let options = [&format!("--gpu-architecture={target}"), "--std=c++17", "--ptxas-options=-v"].map(c_string);
+        // No contraction of products and sums: what a kernel computes is what its source says, whatever is inlined around it, so kernels that
+        // share a function give the same bits.
+        let options = [&format!("--gpu-architecture={target}"), "--std=c++17", "--fmad=false", "--ptxas-options=-v"]
+            .map(c_string);
         let (source, name) = (c_string(source), c_string("kernels.cu"));
         let (names, texts): (Vec<_>, Vec<_>) =
             headers.iter().map(|(name, text)| (c_string(name), c_string(text))).unzip();

@@ -42,7 +42,9 @@ pub(crate) const CONSTANTS: &[(&str, u32)] = &[
     ("STORE_F32", Store::F32 as u32),
     ("STORE_BF16", Store::Bf16 as u32),
     ("STORE_RELU2_BF16", Store::Relu2Bf16 as u32),
-    ("TIMED_OUT", TIMED_OUT),
+    ("REDUCE_ROWS", AllReduceNorm::MAX_ROWS),
+    ("REDUCE_SLICES", AllReduceNorm::SLICES),
+    ("REDUCE_FLAGS", AllReduceNorm::FLAGS),
     ("NOT_FINITE", NOT_FINITE),
 ];
 
@@ -56,8 +58,6 @@ pub enum Store {
     Relu2Bf16 = 2,
 }
 
-/// Written to [`AllReduceNorm::status`] when a peer did not come.
-pub const TIMED_OUT: u32 = 1;
 /// Written in place of a token by [`Sample`] when logits are NaN or +∞, or all are −∞.
 pub const NOT_FINITE: u32 = u32::MAX;
 
@@ -99,20 +99,21 @@ layout! {
         reserved: u32,
     }
 
-    /// Sums x over the ranks that share a node and goes on as [`AddNorm`]: x = (x if add) + tree(partials); out = norm(x).
-    /// Every rank launches it with the same shape. A rank's `partials` may be overwritten when its *next* all-reduce has run, so two
-    /// buffers used in turn are enough.
+    /// As [`AddNorm`] with the sum of all ranks' y, of at most [`AllReduceNorm::MAX_ROWS`] rows, over ranks that see each other's memory:
+    /// x += tree(y of rank 0, y of rank 1, …); out = norm(x). The order of additions is that of gathering every y and adding with
+    /// [`GemmReduce`] and [`AddNorm`], so either way gives the same bits. All ranks launch it with the same shape, as often.
     AllReduceNorm {
-        /// Each rank's summand, [rows, hidden]; entry i is rank i's buffer, seen from this rank.
-        partials: [Ptr<f32>; 8],
-        /// Each rank's flags, u32 [grid, 8]: zero before the first launch, then left to these kernels. Entry i is rank i's buffer.
-        flags: [Ptr<u32>; 8],
-        /// This rank's entry of `flags`.
+        /// Entry i is rank i's area, seen from this rank: its flags, u32 [blocks, 8], then numbers that it shows to the others, f32
+        /// [2, MAX_ROWS, hidden]. All zero before the first launch.
+        areas: [Ptr<u32>; 8],
+        /// This rank's entry of `areas`.
         own_flags: Ptr<u32>,
-        /// This rank's count of launches for each block, [grid]; zero before the first launch.
-        epochs: Ptr<u32>,
-        /// [1]: [`TIMED_OUT`] if a peer did not come within `timeout_ns`; the results are then worthless.
-        status: Ptr<u32>,
+        /// [blocks + MAX_ROWS], of this rank alone: its launches of each block, and blocks that are done with each row; zero before the first.
+        counts: Ptr<u32>,
+        /// Whatever is not 0, written by the host, ends the waiting for ranks that do not come; the results are then worthless.
+        stop: Ptr<u32>,
+        /// This rank's summand, [rows, hidden].
+        y: Ptr<f32>,
         /// [rows, hidden]
         x: Ptr<f32>,
         /// 1 + γ, [hidden], or null: no norm.
@@ -120,14 +121,10 @@ layout! {
         shift: Ptr<f32>,
         /// [rows, hidden]
         out: Ptr<Bf16>,
-        timeout_ns: u64,
-        rows: u32,
         hidden: u32,
         rank: u32,
         /// 2, 4 or 8
         ranks: u32,
-        /// 1: x is added to; 0: it is overwritten (after the embedding).
-        add: u32,
         eps: f32,
     }
 

@@ -78,6 +78,7 @@ const MUTANTS: &[Mutant] = &[
         "    // the last use",
         NORM,
     ),
+    mutant("a row is normed before it is whole", "norm.cu", "!= REDUCE_SLICES - 1", "!= 0", ALL_REDUCE),
     mutant("ranks are added out of order", "norm.cu", "parts[rank + step]", "parts[(rank + step) % 3]", ALL_REDUCE),
     mutant("the sine has the wrong sign", "rope.cu", "+ from[at - half] * sines", "- from[at - half] * sines", ROPE),
     mutant("values are rotated", "rope.cu", "head < heads + args.kv_heads && at", "at", ROPE),
