@@ -93,12 +93,17 @@ impl Plan {
             Some("f32") => ComputeType::F32,
             _ => ComputeType::Bf16,
         };
+        if (hardware.device, dtype) == (Device::Cuda, ComputeType::F32) {
+            let message = "dtype f32: CUDA devices compute in bf16 only";
+            return Err(Failure::msg(Exit::Usage, message).hint("--dtype bf16, or a profile of cpu"));
+        }
         let page_tokens = settings.count("limits.page_tokens").unwrap_or(16);
         let max_step_tokens = settings.count("limits.max_step_tokens").unwrap_or(512);
         let max_sequences = settings.count("limits.max_sequences").unwrap_or(256);
+        let limits = Limits { page_tokens, num_pages: 0, max_step_tokens, max_sequences };
         let ranks: Vec<RankPlan> = (0..mesh.world_size())
             .map(|rank| {
-                let memory = rank_memory(config, mesh, rank, dtype, max_step_tokens);
+                let memory = rank_memory(config, mesh, rank, dtype, hardware.device, &limits);
                 rank_plan(rank, mesh, &memory, &hardware)
             })
             .collect();
@@ -126,7 +131,7 @@ impl Plan {
             device: hardware.device,
             hardware,
             dtype,
-            limits: Limits { page_tokens, num_pages, max_step_tokens, max_sequences },
+            limits: Limits { num_pages, ..limits },
             ranks,
             kv_tokens,
             context,
@@ -219,11 +224,11 @@ impl Plan {
 }
 
 fn rank_plan(rank: usize, mesh: Mesh, memory: &RankMemory, hardware: &Hardware) -> RankPlan {
-    let overhead_bytes = match hardware.device {
+    let driver = match hardware.device {
         Device::Cpu => 0,
         Device::Cuda => cuda_overhead(mesh.world_size()),
     };
-    let left = hardware.memory_bytes.saturating_sub(memory.fixed() + overhead_bytes);
+    let left = hardware.memory_bytes.saturating_sub(memory.fixed() + driver);
     let kv_bytes = match hardware.device {
         Device::Cpu => left.min((hardware.memory_bytes as f64 * CPU_KV_SHARE) as u64),
         Device::Cuda => left,
@@ -235,7 +240,7 @@ fn rank_plan(rank: usize, mesh: Mesh, memory: &RankMemory, hardware: &Hardware) 
         weights_bytes: memory.weights,
         activations_bytes: memory.activations,
         logits_bytes: memory.logits,
-        overhead_bytes,
+        overhead_bytes: memory.workspace + driver,
         kv_bytes_per_token: memory.kv_bytes_per_token,
         kv_bytes,
         kv_tokens: usize::try_from(kv_bytes / memory.kv_bytes_per_token.max(1)).unwrap_or(usize::MAX),
@@ -305,6 +310,13 @@ mod tests {
 
     fn large(profile: &str, set: &[&str]) -> Outcome<Plan> {
         plan("nemotron-4-340b", profile, set)
+    }
+
+    #[test]
+    fn a_device_is_not_asked_to_compute_in_f32() {
+        let error = large("h100x16", &["dtype=f32"]).unwrap_err();
+        assert_eq!(error.exit, Exit::Usage);
+        assert!(plan("nemotron-4-340b", "cpu", &["dtype=f32"]).is_ok());
     }
 
     #[test]

@@ -7,6 +7,11 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use futures_util::future::join_all;
+use nemotron_engine::backend::ComputeType;
+use nemotron_engine::checkpoint;
+use nemotron_engine::config::Mesh;
+use nemotron_engine::memory::rank_memory;
+use nemotron_engine::rank::{Device, Limits, ModelSource};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -56,6 +61,38 @@ impl World {
 
     fn run(&self) -> PathBuf {
         self.home.path().join("runs/run")
+    }
+
+    /// What the stand-in driver of each rank wrote to `CUDA_STANDIN_LOG`, the file `driver` of the world.
+    fn driver_logs(&self) -> Vec<String> {
+        let paths = fs::read_dir(self.home.path()).unwrap().map(|file| file.unwrap().path());
+        let logs = paths.filter(|path| path.file_stem().is_some_and(|name| name == "driver"));
+        logs.map(|path| fs::read_to_string(path).unwrap()).collect()
+    }
+
+    /// Bytes of its device that each rank holds, sorted.
+    fn held(&self) -> Vec<u64> {
+        let bytes = |line: &str, kind| line.strip_prefix(kind).map_or(0, |bytes| bytes.trim().parse().unwrap());
+        let logs = self.driver_logs();
+        let ranks = logs.iter().map(|log| {
+            let allocated: u64 = log.lines().map(|line| bytes(line, "alloc")).sum();
+            allocated - log.lines().map(|line| bytes(line, "free")).sum::<u64>()
+        });
+        ranks.collect::<BTreeSet<u64>>().into_iter().collect()
+    }
+
+    /// Bytes that the plan counts on for each rank, sorted.
+    fn planned(&self) -> Vec<u64> {
+        let lock: toml::Table = fs::read_to_string(self.run().join("run.lock.toml")).unwrap().parse().unwrap();
+        let (limits, mesh): (Limits, Mesh) =
+            (lock["limits"].clone().try_into().unwrap(), lock["mesh"].clone().try_into().unwrap());
+        let model = ModelSource::Path(root().join("tests/fixtures/golden/tiny-hf"));
+        let config = checkpoint::open(&model).unwrap().config().clone();
+        let ranks = (0..mesh.world_size()).map(|rank| {
+            let memory = rank_memory(&config, mesh, rank, ComputeType::Bf16, Device::Cuda, &limits);
+            memory.fixed() + (limits.num_pages * limits.page_tokens) as u64 * memory.kv_bytes_per_token
+        });
+        ranks.collect::<BTreeSet<u64>>().into_iter().collect()
     }
 
     fn logs(&self) -> String {
@@ -127,26 +164,41 @@ async fn golden_prompts_on_one_device_and_on_four() {
     }
 }
 
+/// Sums of few rows in one kernel over peers' memory, or by NCCL: the same bits.
+#[tokio::test]
+async fn sums_through_the_memory_of_peers_have_the_bits_of_those_through_nccl() {
+    let mut replies = Vec::new();
+    for (standin, words) in [("", "go through the memory of the devices"), ("peers=0", "has no path to this one")] {
+        let world = World::new();
+        let log = world.home.path().join("driver").display().to_string();
+        let variables = [("CUDA_STANDIN", standin), ("CUDA_STANDIN_LOG", &log)];
+        let server = world.serve(&["--profile", "h200x8", "--tp", "2", "--pp", "2"], &variables);
+        if standin.is_empty() {
+            assert_eq!(world.held(), world.planned(), "what is allocated is what was planned");
+        }
+        let logs = world.logs();
+        assert_eq!(logs.matches(words).count(), 4, "every rank says which way its sums go: {logs}");
+        let prompts = golden().into_iter().map(|case| case["prompt"].clone());
+        let asked = prompts.map(|prompt| json!({"sentences": [prompt], "compute_logprob": true}));
+        replies.push(join_all(asked.map(|asked| server.put(asked))).await);
+    }
+    assert_eq!(replies[0], replies[1]);
+}
+
 #[tokio::test]
 async fn a_row_is_the_same_alone_and_beside_others_and_nothing_is_allocated_while_serving() {
     let world = World::new();
     let log = world.home.path().join("driver").display().to_string();
     let server = world.serve(&["--profile", "h100x1"], &[("CUDA_STANDIN_LOG", &log)]);
+    assert_eq!(world.held(), world.planned(), "what is allocated is what was planned");
     let prompts: Vec<Value> = golden().iter().map(|case| case["prompt"].clone()).collect();
     let asked = |prompt: &Value| json!({"sentences": [prompt], "compute_logprob": true});
     let mut alone = Vec::new();
     for prompt in &prompts {
         alone.push(server.put(asked(prompt)).await);
     }
-    let allocations = || {
-        let text = fs::read_dir(world.home.path()).unwrap().filter_map(|file| {
-            let path = file.unwrap().path();
-            path.display().to_string().starts_with(&log).then(|| fs::read_to_string(path).unwrap())
-        });
-        text.collect::<String>().lines().filter(|line| line.starts_with("alloc")).count()
-    };
+    let allocations = || world.driver_logs().concat().lines().filter(|line| line.starts_with("alloc")).count();
     let before = allocations();
-    assert!(before > 0);
     let together = join_all(prompts.iter().chain(&prompts).map(|prompt| server.put(asked(prompt)))).await;
     for (index, reply) in together.iter().enumerate() {
         assert_eq!(*reply, alone[index % alone.len()]);
@@ -175,6 +227,37 @@ fn a_device_without_room_or_too_old_is_refused_before_anything_is_loaded() {
     }
 }
 
+/// NVRTC is the real one: what it makes of the kernels for this device is machine code.
+#[test]
+fn kernels_are_compiled_for_a_device_whose_driver_refuses_the_images() {
+    let world = World::new();
+    let (code, stderr) = world.launch(&["--profile", "h100x1"], &[("CUDA_STANDIN", "refuse=1")]);
+    let text = stderr + &world.logs();
+    assert_eq!(code, 23, "{text}");
+    assert!(text.contains("CUDA_ERROR_NO_BINARY_FOR_GPU") && text.contains("libnvrtc.so"), "{text}");
+
+    let world = World::new();
+    let nvrtc = nvrtc();
+    let nvrtc = nvrtc.to_str().unwrap();
+    world.serve(&["--profile", "h100x1"], &[("CUDA_STANDIN", "refuse=1"), ("NEMOTRON_CUDA_LIBS", nvrtc)]);
+    assert!(world.logs().contains("they are compiled"), "{}", world.logs());
+}
+
+#[tokio::test]
+async fn a_device_that_is_lost_ends_the_run_and_an_error_of_a_program_does_not() {
+    let world = World::new();
+    let (code, stderr) = world.launch(&["--profile", "h100x1"], &[("NVML_STANDIN", "xid=79,after=3000")]);
+    let server = Server { world: &world, url: String::new() };
+    let (code, text) = if code == 0 { server.end() } else { (code, stderr + &world.logs()) };
+    assert_eq!(code, 23, "{text}");
+    assert!(text.contains("Xid 79"), "{text}");
+
+    let world = World::new();
+    let server = world.serve(&["--profile", "h100x1"], &[("NVML_STANDIN", "xid=13")]);
+    assert!(server.put(json!({"sentences": ["a"]})).await["sentences"].is_array());
+    assert!(world.logs().contains("the driver reports an error of the device"), "{}", world.logs());
+}
+
 #[test]
 fn a_rank_that_does_not_join_ends_the_run_at_the_deadline() {
     let world = World::new();
@@ -189,7 +272,7 @@ fn a_rank_that_does_not_join_ends_the_run_at_the_deadline() {
 async fn a_failed_exchange_ends_the_run() {
     let world = World::new();
     let arguments = ["--profile", "h200x8", "--tp", "2", "--pp", "1"];
-    let server = world.serve(&arguments, &[("NCCL_STANDIN", "fail=60")]);
+    let server = world.serve(&arguments, &[("NCCL_STANDIN", "fail=20")]);
     // More exchanges than that; whether a client hears of it depends on who is first.
     _ = tokio::time::timeout(std::time::Duration::from_secs(60), server.put(json!({"sentences": ["a"]}))).await;
     let (code, text) = server.end();
@@ -245,6 +328,18 @@ fn gpu_check_runs_from_the_packed_folder_alone() {
     assert!(
         rank["decode"]["4"]["ms"].as_f64().unwrap() > 0.0 && rank["prefill"]["32"]["share"].as_f64().unwrap() > 0.0
     );
+}
+
+/// The folder of the NVRTC that `scripts/compile-kernels` uses, and fetches where it has not yet been.
+fn nvrtc() -> PathBuf {
+    let home = root().join("target/nvrtc/12.4.127");
+    let folder = home.join("nvidia/cuda_nvrtc/lib");
+    if !folder.join("libnvrtc.so.12").exists() {
+        let mut pip = Command::new("python3");
+        pip.args(["-m", "pip", "install", "-q", "--no-deps", "nvidia-cuda-nvrtc-cu12==12.4.127", "--target"]);
+        assert_eq!(finish(pip.arg(home)).0, 0);
+    }
+    folder
 }
 
 /// A Python that has numpy, made once.

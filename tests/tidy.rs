@@ -10,9 +10,9 @@ use super::support::root;
 const ENGINE_ROWS: &[&[&str]] = &[
     &["config", "request", "reward", "report", "wire", "error_chain"],
     &["tokenizer", "kv_cache", "step"],
-    &["checkpoint", "chat", "memory", "spec", "backend"],
+    &["checkpoint", "chat", "spec", "backend"],
     &["collective", "mesh", "sequence", "sampler"],
-    &["model", "runner", "scheduler", "engine", "rank", "rank_bench"],
+    &["model", "memory", "runner", "scheduler", "engine", "rank", "rank_bench"],
     &["job", "serve", "end_strings"],
 ];
 

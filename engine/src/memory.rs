@@ -1,21 +1,24 @@
 //! How much memory a rank needs, by arithmetic alone: what a planner asks before anything is started.
 
-use crate::backend::ComputeType;
+use crate::backend::cuda::peers::PeerArea;
+use crate::backend::cuda::sizes;
+use crate::backend::{ComputeType, HeadShape};
+use crate::collective::nccl::NcclCollective;
 use crate::config::{Mesh, ModelConfig};
+use crate::spec::{Device, LOGIT_ROWS, Limits};
 
 const MIB: u64 = 1 << 20;
 
-/// Rows of logits that a step computes at most at a time.
-pub const LOGIT_ROWS: usize = 256;
-
-/// Bytes that one rank allocates.
+/// Bytes that one rank allocates: on a CUDA device exactly these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RankMemory {
     pub weights: u64,
     /// Buffers that hold the tokens of the largest step.
     pub activations: u64,
-    /// Logits of [`LOGIT_ROWS`] rows: this rank's part, and on the sampling rank the whole; 0 before the last stage.
+    /// Logits of [`LOGIT_ROWS`] rows and what they are made of; 0 before the last stage.
     pub logits: u64,
+    /// What the device's kernels, libraries and collectives work in.
+    pub workspace: u64,
     /// Keys and values of one token in the layers and KV heads of this rank.
     pub kv_bytes_per_token: u64,
 }
@@ -23,7 +26,7 @@ pub struct RankMemory {
 impl RankMemory {
     /// Everything but the KV cache.
     pub fn fixed(&self) -> u64 {
-        self.weights + self.activations + self.logits
+        self.weights + self.activations + self.logits + self.workspace
     }
 
     /// Tokens whose keys and values fit beside the rest into `budget` bytes.
@@ -32,7 +35,7 @@ impl RankMemory {
     }
 }
 
-/// The memory of `rank` of a mesh that [`Mesh::check`] accepted.
+/// The memory of `rank` of a mesh that [`Mesh::check`] accepted; of the limits, the number of pages does not matter.
 ///
 /// With [`ComputeType::F32`] every weight counts four bytes; a backend that keeps the stored bf16 needs less.
 pub fn rank_memory(
@@ -40,56 +43,76 @@ pub fn rank_memory(
     mesh: Mesh,
     rank: usize,
     dtype: ComputeType,
-    max_step_tokens: usize,
+    device: Device,
+    limits: &Limits,
 ) -> RankMemory {
-    const F32_BYTES: u64 = 4;
-    let tp = mesh.tp as u64;
-    let layers = mesh.layers(rank, config).len() as u64;
-    let [hidden, ffn, vocab, head_dim] =
-        [config.hidden_size, config.ffn_size, config.vocab_size, config.head_dim].map(|size| size as u64);
-    // Widths of this rank's part of a token's activations.
-    let qkv = config.qkv_size() as u64 / tp;
-    let heads = config.num_heads as u64 * head_dim / tp;
-    let ffn = ffn / tp;
-    let vocab_part = vocab / tp;
-
-    // The γ and β of a LayerNorm are on every rank of the stage.
-    let mut elements = layers * hidden * (qkv + heads + 2 * ffn + 4);
-    if mesh.stage(rank) == 0 {
-        elements += vocab_part * hidden;
-    }
-    let is_last = mesh.stage(rank) + 1 == mesh.pp;
-    if is_last {
-        elements += vocab_part * hidden + 2 * hidden;
-    }
-    let logit_width = match rank == mesh.sampling_rank() {
-        _ if !is_last => 0,
-        true if tp > 1 => vocab_part + vocab,
-        _ => vocab_part,
+    const F32_BYTES: usize = 4;
+    let tp = mesh.tp;
+    let layers = mesh.layers(rank, config).len();
+    let hidden = config.hidden_size;
+    let shape = HeadShape {
+        heads: config.num_heads / tp,
+        kv_heads: config.num_kv_heads / tp,
+        head_dim: config.head_dim,
+        rotary_dim: config.rotary_dim(),
+        rope_theta: config.rope_theta,
     };
-    let element_bytes = dtype.kv_bytes() as u64;
+    let (qkv, heads, ffn) = (shape.qkv_width(), shape.heads * shape.head_dim, config.ffn_size / tp);
+    let (is_first, is_last) = (mesh.stage(rank) == 0, mesh.stage(rank) + 1 == mesh.pp);
+    // Rows of the head's matrix, and elements of a row of logits before and after they are gathered.
+    let (head, part, whole) = match config.reward {
+        None => (config.vocab_size / tp, if tp > 1 { config.vocab_size / tp } else { 0 }, config.vocab_size),
+        Some(reward) => (reward.num_attributes, 0, reward.num_attributes),
+    };
+    // [rows, columns] of the rank's matrices.
+    let of_a_layer = [(qkv, hidden), (hidden, heads), (ffn, hidden), (hidden, ffn)];
+    let embedding = is_first.then_some((config.vocab_size / tp, hidden));
+    let head = is_last.then_some((head, hidden));
+    let elements = |(rows, cols): (usize, usize)| rows * cols;
+    let matrices = layers * of_a_layer.into_iter().map(elements).sum::<usize>()
+        + embedding.into_iter().chain(head).map(elements).sum::<usize>();
+    // The γ and β of a LayerNorm are on every rank of the stage.
+    let norms = (2 * layers + usize::from(is_last)) * 2 * hidden;
+
+    let element_bytes = dtype.kv_bytes();
+    let (activations, logits, workspace) = match device {
+        Device::Cpu => {
+            // The residual stream, its norm and the two sums of a layer; q, k and v; attention's output; the inner activations of the MLP.
+            let width = 4 * hidden + qkv + heads + ffn;
+            let logits = part + if rank == mesh.sampling_rank() { whole } else { 0 };
+            let rows = LOGIT_ROWS.min(limits.max_step_tokens);
+            (limits.max_step_tokens * width * F32_BYTES, rows * logits * F32_BYTES, 0)
+        }
+        Device::Cuda => {
+            let activations = sizes::buffers(limits.max_step_tokens, 2 * hidden + qkv, hidden + heads + ffn);
+            let logits = sizes::buffers(LOGIT_ROWS, hidden + part + whole, hidden);
+            let matrices = of_a_layer.into_iter().chain(embedding).chain(head);
+            let mut workspace = sizes::workspace(limits, config.max_context, &shape, matrices);
+            // Norms are f32 there.
+            workspace += norms * (F32_BYTES - element_bytes.min(F32_BYTES));
+            if mesh.world_size() > 1 {
+                workspace += NcclCollective::received_bytes(config, mesh, limits.max_step_tokens);
+            }
+            if tp > 1 {
+                workspace += PeerArea::bytes(hidden);
+            }
+            (activations, logits, workspace)
+        }
+    };
     RankMemory {
-        weights: elements * element_bytes,
-        // The residual stream, its norm and the two sums of a layer; q, k and v; attention's output; the inner activations of the MLP.
-        activations: max_step_tokens as u64 * (4 * hidden + qkv + heads + ffn) * F32_BYTES,
-        logits: LOGIT_ROWS.min(max_step_tokens) as u64 * logit_width * F32_BYTES,
-        kv_bytes_per_token: 2 * layers * (config.num_kv_heads as u64 / tp) * head_dim * element_bytes,
+        weights: ((matrices + norms) * element_bytes) as u64,
+        activations: activations as u64,
+        logits: if is_last { logits as u64 } else { 0 },
+        workspace: workspace as u64,
+        kv_bytes_per_token: (2 * layers * shape.kv_heads * shape.head_dim * element_bytes) as u64,
     }
 }
 
-/// The KV tokens that fit on every rank of a mesh when each has `budget` bytes.
-pub fn kv_tokens(config: &ModelConfig, mesh: Mesh, dtype: ComputeType, max_step_tokens: usize, budget: u64) -> u64 {
-    (0..mesh.world_size())
-        .map(|rank| rank_memory(config, mesh, rank, dtype, max_step_tokens).kv_tokens(budget))
-        .min()
-        .unwrap_or(0)
-}
-
-/// What CUDA and its libraries take from a device besides the engine's own buffers: the context and what else the driver keeps
-/// (1.2 GiB), the workspace of cuBLASLt (64 MiB), and with several ranks NCCL's buffers (0.4 GiB).
+/// What CUDA and its libraries take from a device besides the engine's own allocations: the context and what else the driver keeps
+/// (1.2 GiB), and with several ranks NCCL's buffers (0.4 GiB).
 pub fn cuda_overhead(world_size: usize) -> u64 {
     let nccl = if world_size > 1 { 410 * MIB } else { 0 };
-    1229 * MIB + 64 * MIB + nccl
+    1229 * MIB + nccl
 }
 
 #[cfg(test)]
@@ -98,6 +121,7 @@ mod tests {
     use super::*;
 
     const GIB: f64 = (1_u64 << 30) as f64;
+    const LIMITS: Limits = Limits { page_tokens: 16, num_pages: 0, max_step_tokens: 2048, max_sequences: 256 };
 
     fn nemotron_340b() -> ModelConfig {
         ModelConfig::preset("nemotron-4-340b").unwrap()
@@ -112,12 +136,13 @@ mod tests {
             (Mesh { tp: 8, pp: 2 }, 79.15, 39.707, 36_864, 1_082_414.0),
         ] {
             for rank in 0..mesh.world_size() {
-                let memory = rank_memory(&config, mesh, rank, ComputeType::Bf16, 2048);
+                let memory = rank_memory(&config, mesh, rank, ComputeType::Bf16, Device::Cuda, &LIMITS);
                 assert!((memory.weights as f64 / GIB - weights_gib).abs() < 5e-4, "rank {rank}: {}", memory.weights);
                 assert_eq!(memory.kv_bytes_per_token, kv_bytes);
             }
             let budget = (hbm_gib * GIB) as u64 - cuda_overhead(mesh.world_size());
-            let tokens = kv_tokens(&config, mesh, ComputeType::Bf16, 2048, budget) as f64;
+            let memory = |rank| rank_memory(&config, mesh, rank, ComputeType::Bf16, Device::Cuda, &LIMITS);
+            let tokens = (0..mesh.world_size()).map(|rank| memory(rank).kv_tokens(budget)).min().unwrap() as f64;
             assert!((tokens / kv_tokens_expected - 1.0).abs() < 0.02, "{tokens} instead of {kv_tokens_expected}");
         }
     }
@@ -127,7 +152,7 @@ mod tests {
         for (name, mesh) in [("nemotron-4-340b", Mesh { tp: 8, pp: 2 }), ("nemotron-mini-4b", Mesh { tp: 4, pp: 4 })] {
             let config = ModelConfig::preset(name).unwrap();
             let elements: u64 = (0..mesh.world_size())
-                .map(|rank| rank_memory(&config, mesh, rank, ComputeType::Bf16, 1).weights / 2)
+                .map(|rank| rank_memory(&config, mesh, rank, ComputeType::Bf16, Device::Cpu, &LIMITS).weights / 2)
                 .sum();
             let norms = ((4 * config.num_layers + 2) * config.hidden_size) as u64;
             assert_eq!(elements, config.num_parameters() + (mesh.tp as u64 - 1) * norms, "{name}");
@@ -136,15 +161,17 @@ mod tests {
 
     #[test]
     fn only_the_sampling_rank_holds_whole_logits() {
-        let logits =
-            |tp, pp, rank| rank_memory(&nemotron_340b(), Mesh { tp, pp }, rank, ComputeType::Bf16, 2048).logits / 1024;
-        assert_eq!((logits(8, 2, 0), logits(8, 2, 8), logits(8, 2, 9)), (0, 288_000, 32_000));
-        assert_eq!(logits(1, 1, 0), 256_000);
+        let logits = |tp, pp, rank| {
+            rank_memory(&nemotron_340b(), Mesh { tp, pp }, rank, ComputeType::Bf16, Device::Cpu, &LIMITS).logits
+        };
+        let row = 4 * LOGIT_ROWS as u64;
+        assert_eq!((logits(8, 2, 0), logits(8, 2, 8), logits(8, 2, 9)), (0, 288_000 * row, 32_000 * row));
+        assert_eq!(logits(1, 1, 0), 256_000 * row);
     }
 
     #[test]
     fn a_budget_below_the_weights_holds_no_tokens() {
-        let memory = rank_memory(&nemotron_340b(), Mesh { tp: 8, pp: 1 }, 0, ComputeType::F32, 512);
+        let memory = rank_memory(&nemotron_340b(), Mesh { tp: 8, pp: 1 }, 0, ComputeType::F32, Device::Cpu, &LIMITS);
         assert_eq!(memory.kv_tokens(memory.fixed()), 0);
         assert_eq!(memory.kv_tokens(memory.fixed() + 2 * 73_728 * 3), 3);
         assert_eq!(memory.kv_tokens(0), 0);

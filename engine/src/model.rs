@@ -3,16 +3,13 @@
 //! This rank holds the layers of its pipeline stage and, of each, its share of heads and FFN. Products whose input is split over
 //! ranks (attention output, MLP down) are summed over the tensor-parallel group.
 
-use crate::backend::{Backend, Begun, HeadShape, StepBatch};
+use crate::backend::{Backend, Begun, HeadShape, NormTo, StepBatch};
 use crate::checkpoint::{CheckpointSource, Tensor, TensorName};
 use crate::collective::Collective;
 use crate::config::Mesh;
 use crate::rank::EngineError;
 use crate::request::Choice;
-use crate::spec::Limits;
-
-/// Rows of logits that are computed at a time.
-pub const LOGIT_ROWS: usize = 64;
+use crate::spec::{LOGIT_ROWS, Limits};
 
 /// One rank's part of the model, with its KV cache and the activations of one step.
 pub struct Model<B: Backend, C> {
@@ -90,20 +87,22 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
             }
             None => collective.recv_previous(rows, x)?,
         }
-        for layer in &mut self.layers {
-            backend.layer_norm(rows, x, &layer.attention_norm, *eps, h);
+        let mut layers = self.layers.iter_mut().peekable();
+        if let Some(first) = layers.peek() {
+            backend.layer_norm(rows, x, &first.attention_norm, *eps, h);
+        }
+        while let Some(layer) = layers.next() {
             backend.linear(rows, h, &layer.qkv, qkv);
             backend.rope_append(batch, shape, qkv, &mut layer.kv);
             backend.attention(batch, shape, qkv, &layer.kv, attended);
             backend.linear_chunked(rows, attended, &layer.output, *chunks, partial);
-            collective.all_reduce(rows, partial)?;
-            backend.add(rows, x, partial);
+            let norm = NormTo { norm: &layer.mlp_norm, eps: *eps, out: h };
+            collective.all_reduce_add(backend, rows, x, partial, Some(norm))?;
 
-            backend.layer_norm(rows, x, &layer.mlp_norm, *eps, h);
             backend.linear_relu2(rows, h, &layer.up, ffn);
             backend.linear_chunked(rows, ffn, &layer.down, *chunks, partial);
-            collective.all_reduce(rows, partial)?;
-            backend.add(rows, x, partial);
+            let norm = layers.peek().map(|next| NormTo { norm: &next.attention_norm, eps: *eps, out: h });
+            collective.all_reduce_add(backend, rows, x, partial, norm)?;
         }
         if self.head.is_none() {
             collective.send_next(rows, x)?;
@@ -125,9 +124,6 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
                 collective.gather_columns(rows.len(), local, &mut head.logits)?;
             }
         }
-        if head.is_sampling {
-            wait(backend, collective)?;
-        }
         Ok(head.is_sampling)
     }
 
@@ -135,8 +131,9 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
     /// changed at will.
     ///
     /// # Errors
-    /// The device failed.
+    /// The device failed, or a rank of the group is gone.
     pub fn logits(&mut self, rows: usize) -> Result<&mut [f32], EngineError> {
+        self.finish()?;
         let head = self.head.as_mut().expect("only the last stage samples");
         let logits = self.backend.fetch(rows, &mut head.logits)?;
         if let Some(bias) = &head.bias {
@@ -147,10 +144,10 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
         Ok(logits)
     }
 
-    /// Lets the device choose a token from each row of the logits; false if it leaves that to the host.
+    /// Lets the device choose a token from each row of the logits, `None` where they are no numbers; false if it leaves that to the host.
     ///
     /// # Errors
-    /// The device failed.
+    /// The device failed, or a rank of the group is gone.
     pub fn choose(
         &mut self,
         choices: &[Choice],
@@ -158,7 +155,12 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
         tokens: &mut Vec<Option<u32>>,
     ) -> Result<bool, EngineError> {
         let head = self.head.as_mut().expect("only the last stage samples");
-        Ok(self.backend.choose(choices, vocab, &mut head.logits, tokens)?)
+        let is_chosen = self.backend.choose(choices, vocab, &mut head.logits);
+        if is_chosen {
+            self.finish()?;
+            self.backend.chosen(choices.len(), tokens);
+        }
+        Ok(is_chosen)
     }
 
     /// Waits until the device has done the step.
@@ -166,7 +168,13 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
     /// # Errors
     /// The device failed, or a rank of the group is gone.
     pub fn finish(&self) -> Result<(), EngineError> {
-        wait(&self.backend, &self.collective)
+        loop {
+            let is_done = self.backend.poll()?;
+            self.collective.check()?;
+            if is_done {
+                return Ok(());
+            }
+        }
     }
 
     /// Loads what `rank` holds of the checkpoint and allocates its cache and activations.
@@ -271,16 +279,5 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
             backend,
             collective,
         })
-    }
-}
-
-/// Waits until the device has done what was asked for.
-fn wait<B: Backend>(backend: &B, collective: &impl Collective<B>) -> Result<(), EngineError> {
-    loop {
-        let is_done = backend.poll()?;
-        collective.check()?;
-        if is_done {
-            return Ok(());
-        }
     }
 }

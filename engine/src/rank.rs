@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::backend::cpu::CpuBackend;
+use crate::backend::cuda::peers::PeerArea;
 use crate::backend::cuda::{CudaBackend, CudaOptions};
 use crate::backend::{Backend, BackendError};
 use crate::checkpoint::{self, CheckpointError, CheckpointSource, Manifest, ReadingPlan};
@@ -16,7 +17,7 @@ use crate::config::{MeshError, ModelConfig};
 use crate::engine::{Engine, EngineInfo, FRAME_END, FRAME_MAX, FRAME_PLAN, FRAME_RESULT, start_leader};
 use crate::memory::rank_memory;
 use crate::mesh::{ConnectError, Control, connect_mesh};
-use crate::model::{LOGIT_ROWS, Model};
+use crate::model::Model;
 use crate::report::{Load, Phase, Reporter};
 use crate::request::{Event, LogprobSpec, Request, RowError, Sampling, Stopping};
 use crate::runner::Runner;
@@ -85,18 +86,15 @@ fn cuda_options(spec: &RankSpec, config: &ModelConfig) -> CudaOptions {
     CudaOptions {
         ordinal: spec.device_ordinal,
         library_folders: spec.library_folders.clone(),
-        max_step_tokens: spec.limits.max_step_tokens,
-        max_sequences: spec.limits.max_sequences,
-        max_logit_rows: LOGIT_ROWS,
+        limits: spec.limits,
         max_context: config.max_context,
-        page_tokens: spec.limits.page_tokens,
     }
 }
 
 /// What the model and its cache will take of the device's memory.
 fn cuda_bytes(spec: &RankSpec, config: &ModelConfig) -> u64 {
-    let Limits { num_pages, page_tokens, max_step_tokens, .. } = spec.limits;
-    let memory = rank_memory(config, spec.mesh, spec.rank, spec.dtype, max_step_tokens);
+    let Limits { num_pages, page_tokens, .. } = spec.limits;
+    let memory = rank_memory(config, spec.mesh, spec.rank, spec.dtype, spec.device, &spec.limits);
     memory.fixed() + (num_pages * page_tokens) as u64 * memory.kv_bytes_per_token
 }
 
@@ -114,13 +112,12 @@ fn join_devices(
         Control::Follower(_) => UniqueId([0; 128]),
     };
     control.broadcast(&mut id.0, deadline)?;
-    let sum = spec.limits.max_step_tokens * config.hidden_size;
-    let columns = LOGIT_ROWS * (config.vocab_size / spec.mesh.tp);
-    let bytes = NcclCollective::received_bytes(spec.mesh, sum, columns);
     let device = backend.device();
+    let bytes = NcclCollective::received_bytes(config, spec.mesh, spec.limits.max_step_tokens);
     let received = device.allocate("data of other ranks", bytes)?;
     let limit = deadline.saturating_duration_since(Instant::now());
-    Ok(NcclCollective::join(&nccl, device, id, (spec.mesh, spec.rank), limit, received)?)
+    let area = if spec.mesh.tp > 1 { Some(PeerArea::new(device, config.hidden_size)?) } else { None };
+    Ok(NcclCollective::join(&nccl, device, id, (spec.mesh, spec.rank), limit, (received, area))?)
 }
 
 /// Loads the model and starts this rank's part of the engine.

@@ -2,16 +2,18 @@
 //! those of the real run; weights are random, and collectives leave their buffers as they are.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::backend::cuda::{CudaBackend, CudaOptions};
+use crate::backend::cuda::{CudaBackend, CudaOptions, Device};
 use crate::backend::{ComputeType, StepBatch};
 use crate::checkpoint::RandomWeights;
+use crate::collective::alone::{NcclAlone, try_alone};
 use crate::collective::nccl::NcclCollective;
 use crate::config::{Mesh, ModelConfig};
-use crate::model::{LOGIT_ROWS, Model};
+use crate::model::Model;
 use crate::rank::EngineError;
-use crate::spec::Limits;
+use crate::spec::{LOGIT_ROWS, Limits};
 
 /// What is measured of.
 #[derive(Clone, Debug)]
@@ -42,6 +44,8 @@ pub struct Ceilings {
 pub struct RankBench {
     model: Model<CudaBackend, Option<NcclCollective>>,
     ceilings: Ceilings,
+    device: Arc<Device>,
+    library_folders: Vec<PathBuf>,
     context: usize,
     pages_per_row: usize,
 }
@@ -65,20 +69,26 @@ impl RankBench {
         };
         let options = CudaOptions {
             ordinal: spec.ordinal,
-            library_folders: spec.library_folders,
-            max_step_tokens: limits.max_step_tokens,
-            max_sequences: max_batch,
-            max_logit_rows: LOGIT_ROWS,
+            library_folders: spec.library_folders.clone(),
+            limits,
             max_context: config.max_context.max(longest),
-            page_tokens: PAGE_TOKENS,
         };
         let backend = CudaBackend::new(&options, ComputeType::Bf16)?;
         let product_size = config.hidden_size.next_multiple_of(128).min(8192);
         let (copy, product) = (backend.copy_bandwidth()?, backend.product_flops(product_size)?);
         let ceilings = Ceilings { copy_gb_s: copy / 1e9, matmul_tflops: product / 1e12 };
+        let device = Arc::clone(backend.device());
         let source = RandomWeights::new(config);
         let model = Model::load(backend, None, &source, mesh, rank, &limits, |_| {})?;
-        Ok(Self { model, ceilings, context, pages_per_row })
+        Ok(Self { model, ceilings, device, library_folders: spec.library_folders, context, pages_per_row })
+    }
+
+    /// What NCCL does on this device, with this rank alone.
+    ///
+    /// # Errors
+    /// It is not there, or does not work.
+    pub fn nccl(&self) -> Result<NcclAlone, EngineError> {
+        Ok(try_alone(&self.device, &self.library_folders)?)
     }
 
     pub fn ceilings(&self) -> Ceilings {

@@ -2,10 +2,11 @@
 
 use crate::backend::{Backend, StepBatch};
 use crate::collective::Collective;
-use crate::model::{LOGIT_ROWS, Model};
+use crate::model::Model;
 use crate::rank::EngineError;
 use crate::request::{Choice, Logprobs};
 use crate::sampler::{self, Sampler, SamplerState};
+use crate::spec::LOGIT_ROWS;
 use crate::step::{Admission, RowResult, Slot, StepPlan, StepResult};
 
 /// Executes plans. All ranks hold the same slots and see the same plans in the same order.

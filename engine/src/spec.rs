@@ -45,6 +45,9 @@ pub struct RankSpec {
     pub library_folders: Vec<PathBuf>,
 }
 
+/// Rows of logits that are computed at a time.
+pub const LOGIT_ROWS: usize = 64;
+
 /// Sizes that are fixed before anything is allocated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {

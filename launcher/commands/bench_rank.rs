@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use nemotron_engine::collective::alone::NcclAlone;
 use nemotron_engine::config::{Mesh, ModelConfig};
 use nemotron_engine::rank::Device;
 use nemotron_engine::rank_bench::{BenchSpec, Ceilings, RankBench};
@@ -27,10 +28,19 @@ struct Measurement {
     context: usize,
     /// Measured on this device.
     ceilings: Ceilings,
+    nccl: Nccl,
     /// By the number of rows.
     decode: BTreeMap<usize, Step>,
     /// By the length of the prompt.
     prefill: BTreeMap<usize, Step>,
+}
+
+/// NCCL with one rank.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Nccl {
+    Works(NcclAlone),
+    Fails { error: String },
 }
 
 #[derive(Serialize)]
@@ -93,6 +103,8 @@ pub(crate) fn run(args: &BenchRankArgs) -> Outcome {
     };
     let mut bench = RankBench::load(spec)?;
     let ceilings = bench.ceilings();
+    let fails = |error| Nccl::Fails { error: format!("{:#}", anyhow::Error::from(error)) };
+    let nccl = bench.nccl().map_or_else(fails, Nccl::Works);
     let sizes = Sizes::new(&config, mesh, rank, layers);
     let mut decode = BTreeMap::new();
     for &rows in &args.batches {
@@ -105,7 +117,7 @@ pub(crate) fn run(args: &BenchRankArgs) -> Outcome {
         prefill.insert(tokens, Step::new(bench.prefill(tokens)?, tokens, teraflop, ceilings.matmul_tflops));
     }
     let (stage, context) = (args.stage, args.context);
-    let measured = Measurement { schema: 1, model, mesh, stage, layers, context, ceilings, decode, prefill };
+    let measured = Measurement { schema: 1, model, mesh, stage, layers, context, ceilings, nccl, decode, prefill };
     if args.json {
         print_json(&measured)?
     } else {
@@ -137,11 +149,17 @@ impl Sizes {
 
 /// Whether somebody still reads.
 fn print(measured: &Measurement) -> Outcome<bool> {
-    let Measurement { model, mesh, stage, layers, context, ceilings, decode, prefill, .. } = measured;
+    let Measurement { model, mesh, stage, layers, context, ceilings, nccl, decode, prefill, .. } = measured;
     let mut lines =
         vec![format!("{model}, TP{} x PP{}, stage {stage}, {layers} layers, context {context}", mesh.tp, mesh.pp)];
     let Ceilings { copy_gb_s, matmul_tflops } = ceilings;
     lines.push(format!("this device: {copy_gb_s:.0} GB/s copied, {matmul_tflops:.0} TFLOP/s in a large product"));
+    lines.push(match nccl {
+        Nccl::Works(NcclAlone { version, recorded_us }) => {
+            format!("NCCL {version} works with one rank: {recorded_us:.0} µs a gather and a transfer")
+        }
+        Nccl::Fails { error } => format!("NCCL does not work with one rank: {error}"),
+    });
     for (kind, unit, steps) in [("decode", "of the copy", decode), ("prefill", "of the product", prefill)] {
         for (size, step) in steps {
             let Step { ms, tokens_per_s, share, roofline_ms, .. } = step;

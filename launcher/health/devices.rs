@@ -256,7 +256,7 @@ fn device<'a>(nvml: &'a Nvml, visible: Option<&str>, ordinal: usize) -> Result<D
 /// It is not: host, device, what was found, and what to do.
 pub(crate) fn of_rank(spec: &RunSpec, rank: usize, visible: Option<&str>) -> Outcome {
     let config = checkpoint::open(&spec.model)?.config().clone();
-    let memory = rank_memory(&config, spec.mesh, rank, spec.dtype, spec.limits.max_step_tokens);
+    let memory = rank_memory(&config, spec.mesh, rank, spec.dtype, spec.device, &spec.limits);
     let kv_tokens = (spec.limits.num_pages * spec.limits.page_tokens) as u64;
     let wanted_bytes = memory.fixed() + memory.kv_bytes_per_token * kv_tokens;
     let ordinal = spec.local_rank(rank);

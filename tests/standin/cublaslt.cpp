@@ -48,7 +48,10 @@ int cublasLtMatrixLayoutCreate(void** layout, int type, std::uint64_t rows, std:
 int cublasLtMatrixLayoutDestroy(void* layout) { return delete static_cast<Layout*>(layout), ok; }
 int cublasLtMatmulPreferenceCreate(void** preference) { return *preference = new int, ok; }
 int cublasLtMatmulPreferenceDestroy(void* preference) { return delete static_cast<int*>(preference), ok; }
-int cublasLtMatmulPreferenceSetAttribute(void*, int attribute, const void*, std::size_t size) { return attribute == 1 && size == 8 ? ok : not_supported; }
+int cublasLtMatmulPreferenceSetAttribute(void*, int attribute, const void*, std::size_t size) {
+    const bool is_known = attribute == 1 ? size == 8 : attribute == 3 || (attribute >= 5 && attribute <= 8) ? size == 4 : false;
+    return is_known ? ok : not_supported;
+}
 
 struct Heuristic { std::uint64_t algorithm[8]; std::size_t workspace; int state; float waves; int reserved[4]; };
 int cublasLtMatmulAlgoGetHeuristic(void*, void*, void* a, void*, void*, void* d, void*, int wanted, Heuristic* out, int* found) {

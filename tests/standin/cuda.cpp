@@ -3,8 +3,10 @@
 // As on a device, a stream works on while its caller goes on, fresh memory holds no zeros, and whatever runs past the end of an
 // allocation ends the process. CUDA_STANDIN names what should be otherwise:
 //   fail=N     the N-th launch of a kernel is refused        memory=MIB   memory of a device
-//   major=N    compute capability
-// CUDA_STANDIN_LOG is a file that gets a line for each allocation, capture, launch of a graph, and the number of kernels at the end.
+//   major=N    compute capability                            peers=0       devices do not see each other
+//   refuse=N   the first N images are refused
+// CUDA_STANDIN_LOG is a file that gets a line for each allocation, what is given back, capture, launch of a graph, and the number of kernels at the end.
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -40,7 +42,7 @@ namespace {
 using Result = int;
 using Pointer = unsigned long long;
 enum : Result {
-    ok = 0, invalid_value = 1, out_of_memory = 2, no_device = 100, invalid_device = 101, invalid_image = 200, invalid_context = 201,
+    ok = 0, invalid_value = 1, out_of_memory = 2, no_device = 100, invalid_device = 101, invalid_image = 200, invalid_context = 201, no_binary = 209,
     not_found = 500, not_ready = 600, launch_failed = 719, capture_unsupported = 900,
 };
 
@@ -102,6 +104,7 @@ Result release(Pointer pointer) {
     if (found == blocks.end()) return complain(invalid_value, "cuMemFree", "not the start of an allocation");
     munmap(found->second.map, found->second.map_bytes);
     in_use -= found->second.bytes;
+    log("free " + std::to_string(found->second.bytes));
     blocks.erase(found);
     return ok;
 }
@@ -220,7 +223,7 @@ Result cuInit(unsigned) { return ok; }
 Result cuDriverGetVersion(int* version) { return *version = 12040, ok; }
 Result cuGetErrorName(Result code, const char** text) {
     static const std::map<int, const char*> names{{1, "CUDA_ERROR_INVALID_VALUE"}, {2, "CUDA_ERROR_OUT_OF_MEMORY"},
-        {101, "CUDA_ERROR_INVALID_DEVICE"}, {719, "CUDA_ERROR_LAUNCH_FAILED"}};
+        {101, "CUDA_ERROR_INVALID_DEVICE"}, {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"}, {719, "CUDA_ERROR_LAUNCH_FAILED"}};
     const auto found = names.find(code);
     return *text = found == names.end() ? "CUDA_ERROR_UNKNOWN" : found->second, ok;
 }
@@ -254,7 +257,32 @@ Result cuMemAlloc_v2(Pointer* pointer, std::size_t bytes) { return current ? all
 Result cuMemFree_v2(Pointer pointer) { return wait_for_all(), release(pointer); }
 Result cuMemHostAlloc(void** pointer, std::size_t bytes, unsigned) { return posix_memalign(pointer, page, bytes) ? out_of_memory : ok; }
 Result cuMemFreeHost(void* pointer) { return wait_for_all(), std::free(pointer), ok; }
-Result cuIpcGetMemHandle(void*, Pointer) { return invalid_value; }
+
+// Another process opens the memory through the descriptor that its owner keeps. The handle is of a whole allocation.
+struct Handle { int owner, file; std::size_t room, start; char rest[40]; };
+Result cuDeviceGetUuid_v2(unsigned char* uuid, int device) { return std::memset(uuid, 0, 16), uuid[0] = 0xA0, uuid[15] = char(device), ok; }
+Result cuDeviceGetUuid(unsigned char* uuid, int device) { return cuDeviceGetUuid_v2(uuid, device); }
+Result cuDeviceCanAccessPeer(int* can, int one, int other) { return *can = one != other && told("peers", 1), ok; }
+Result cuIpcGetMemHandle(Handle* handle, Pointer pointer) {
+    wait_for_all();
+    const std::lock_guard guard(memory_lock);
+    const auto found = blocks.find(pointer);
+    if (found == blocks.end()) return complain(invalid_value, "cuIpcGetMemHandle", "not the start of an allocation");
+    const std::size_t room = found->second.map_bytes - page;
+    const int file = memfd_create("device memory", MFD_CLOEXEC);
+    if (file < 0 || pwrite(file, found->second.map, room, 0) != ssize_t(room)) return out_of_memory;
+    if (mmap(found->second.map, room, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, file, 0) == MAP_FAILED) return out_of_memory;
+    return *handle = {getpid(), file, room, std::size_t(reinterpret_cast<char*>(pointer) - static_cast<char*>(found->second.map)), {}}, ok;
+}
+Result cuIpcOpenMemHandle_v2(Pointer* pointer, Handle handle, unsigned) {
+    const int file = open(("/proc/" + std::to_string(handle.owner) + "/fd/" + std::to_string(handle.file)).c_str(), O_RDWR | O_CLOEXEC);
+    if (file < 0) return invalid_context;
+    void* map = mmap(nullptr, handle.room, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    if (map == MAP_FAILED) return out_of_memory;
+    return *pointer = reinterpret_cast<Pointer>(map) + handle.start, ok;
+}
+Result cuIpcCloseMemHandle(Pointer) { return ok; }
 
 Result cuMemcpyHtoDAsync_v2(Pointer to, const void* from, std::size_t bytes, void* s) {
     return copy("cuMemcpyHtoDAsync", s, reinterpret_cast<void*>(to), from, bytes, true, false);
@@ -350,6 +378,8 @@ Result cuEventElapsedTime(float* ms, void* from, void* to) {
 Result cuEventDestroy_v2(void* event) { return delete static_cast<Event*>(event), ok; }
 
 Result cuModuleLoadData(void** module, const void* image) {
+    static std::atomic<long> images{0};
+    if (++images <= told("refuse", 0)) return no_binary;
     // Machine code is an ELF file, PTX a text.
     if (std::memcmp(image, "\177ELF", 4) && std::memcmp(image, "//", 2)) return invalid_image;
     return *module = new Module, ok;

@@ -130,6 +130,13 @@ pub enum BackendError {
     Failed { device: &'static str, reason: String },
 }
 
+/// A norm behind a sum: out = norm(x), as [`Backend::layer_norm`].
+pub struct NormTo<'a, B: Backend + ?Sized> {
+    pub norm: &'a B::Norm,
+    pub eps: f32,
+    pub out: &'a mut B::Operand,
+}
+
 /// The operations of the forward pass over opaque buffers.
 ///
 /// Buffers are allocated once for the largest step; `rows` says how many rows of a call are in use. Shapes are the caller's duty
@@ -186,17 +193,20 @@ pub trait Backend: Send {
     );
     /// x += y.
     fn add(&self, rows: usize, x: &mut Self::Buffer, y: &Self::Buffer);
+    /// x += y, and what follows of it.
+    fn add_norm(&self, rows: usize, x: &mut Self::Buffer, y: &Self::Buffer, norm: Option<NormTo<'_, Self>>) {
+        self.add(rows, x, y);
+        if let Some(NormTo { norm, eps, out }) = norm {
+            self.layer_norm(rows, x, norm, eps, out);
+        }
+    }
     /// out[i] = x[indices[i]].
     fn gather_rows(&self, x: &Self::Buffer, indices: &[u32], out: &mut Self::Buffer);
-    /// Chooses a token from each row of logits, whose first `vocab` columns count, `None` where they are no numbers. False, and nothing is
-    /// done, if the device leaves it to the host.
-    fn choose(
-        &self,
-        choices: &[Choice],
-        vocab: usize,
-        logits: &mut Self::Buffer,
-        tokens: &mut Vec<Option<u32>>,
-    ) -> Result<bool, BackendError>;
+    /// Chooses a token from each row of logits, whose first `vocab` columns count. False, and nothing is done, if the device leaves it to
+    /// the host.
+    fn choose(&self, choices: &[Choice], vocab: usize, logits: &mut Self::Buffer) -> bool;
+    /// The tokens of the first `count` rows that `choose` chose, once it is done; `None` where the logits were no numbers.
+    fn chosen(&self, count: usize, tokens: &mut Vec<Option<u32>>);
     /// The first `rows` rows, [rows, width], in host memory, where they may be overwritten. What made them must be done.
     fn fetch<'a>(&self, rows: usize, x: &'a mut Self::Buffer) -> Result<&'a mut [f32], BackendError>;
 }

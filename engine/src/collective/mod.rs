@@ -4,6 +4,7 @@
 //! buffer with rank ^ 2^k and adds. Additions of two floats commute, so all ranks get the same bits, and the order equals
 //! that of [`Backend::linear_chunked`] on one rank.
 
+pub mod alone;
 pub mod host;
 pub mod nccl;
 pub mod shm;
@@ -11,7 +12,7 @@ pub mod tcp;
 
 use std::io;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, NormTo};
 
 /// Why ranks could not compute together.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +38,19 @@ pub enum CollectiveError {
 pub trait Collective<B: Backend>: Send {
     /// Sum over the tensor-parallel group, in place, the same bits on every rank.
     fn all_reduce(&mut self, rows: usize, x: &mut B::Buffer) -> Result<(), CollectiveError>;
+    /// x += that sum of y, and what follows of it; y is overwritten. The same bits as one after the other.
+    fn all_reduce_add(
+        &mut self,
+        backend: &B,
+        rows: usize,
+        x: &mut B::Buffer,
+        y: &mut B::Buffer,
+        norm: Option<NormTo<'_, B>>,
+    ) -> Result<(), CollectiveError> {
+        self.all_reduce(rows, y)?;
+        backend.add_norm(rows, x, y, norm);
+        Ok(())
+    }
     /// Tensor-parallel rank 0 gets the columns of all ranks side by side: out[r] = x₀[r] ‖ x₁[r] ‖ …; `out` is untouched on the others.
     fn gather_columns(&mut self, rows: usize, x: &B::Buffer, out: &mut B::Buffer) -> Result<(), CollectiveError>;
     /// To the same tensor-parallel rank of the next pipeline stage.
@@ -76,6 +90,23 @@ pub trait Link: Send {
 impl<B: Backend, C: Collective<B>> Collective<B> for Option<C> {
     fn all_reduce(&mut self, rows: usize, x: &mut B::Buffer) -> Result<(), CollectiveError> {
         self.as_mut().map_or(Ok(()), |ranks| ranks.all_reduce(rows, x))
+    }
+
+    fn all_reduce_add(
+        &mut self,
+        backend: &B,
+        rows: usize,
+        x: &mut B::Buffer,
+        y: &mut B::Buffer,
+        norm: Option<NormTo<'_, B>>,
+    ) -> Result<(), CollectiveError> {
+        match self {
+            Some(ranks) => ranks.all_reduce_add(backend, rows, x, y, norm),
+            None => {
+                backend.add_norm(rows, x, y, norm);
+                Ok(())
+            }
+        }
     }
 
     fn gather_columns(&mut self, rows: usize, x: &B::Buffer, out: &mut B::Buffer) -> Result<(), CollectiveError> {

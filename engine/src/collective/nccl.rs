@@ -3,6 +3,9 @@
 //! A sum must have the same bits whatever rows are beside a row, and NCCL's own all-reduce cuts a buffer by its length. So NCCL only
 //! moves data, and our kernel adds, in the binary tree over ranks of [`super`]: of a short buffer every rank gets all summands; of a long
 //! one it gets its share of each, and the sums of the shares go round. That moves as many bytes as a ring does.
+//!
+//! Where the devices of a group see each other's memory, the sums of a few rows go without NCCL ([`PeerSums`]): a row has the same bits
+//! either way, as both add in that order.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::PathBuf;
@@ -15,14 +18,18 @@ use nemotron_kernels::Ptr;
 use nemotron_kernels::ops::{GemmReduce, Store};
 
 use super::{Collective, CollectiveError};
-use crate::backend::BackendError;
 use crate::backend::cuda::libraries::functions;
+use crate::backend::cuda::peers::{Card, PeerArea, PeerSums};
 use crate::backend::cuda::{Buffer, CudaBackend, Device, Memory};
-use crate::config::Mesh;
+use crate::backend::{Backend, BackendError, NormTo};
+use crate::config::{Mesh, ModelConfig};
+use crate::spec::LOGIT_ROWS;
 
 /// Sums of at most so many bytes go in one exchange.
 const SHORT_BYTES: usize = 512 << 10;
 const FLOAT: usize = 4;
+/// How long a call is waited for without sleeping.
+const PATIENCE: Duration = Duration::from_millis(1);
 
 const NAMES: &[&str] = &["libnccl.so.2", "libnccl.so"];
 
@@ -58,6 +65,7 @@ struct Config {
 
 functions! {
     NAMES;
+    version = "ncclGetVersion" (*mut c_int) -> c_int;
     get_unique_id = "ncclGetUniqueId" (*mut UniqueId) -> c_int;
     init_rank = "ncclCommInitRankConfig" (*mut Comm, c_int, UniqueId, c_int, *mut Config) -> c_int;
     split = "ncclCommSplit" (Comm, c_int, c_int, *mut Comm, *mut Config) -> c_int;
@@ -101,6 +109,14 @@ impl Nccl {
         }
     }
 
+    /// As 10000 · major + 100 · minor + patch.
+    pub(super) fn version(&self) -> c_int {
+        let mut version = 0;
+        // SAFETY: the pointer is to a live value.
+        unsafe { (self.functions.version)(&raw mut version) };
+        version
+    }
+
     fn describe(&self, code: c_int) -> String {
         // SAFETY: NCCL answers any number with a static text.
         let text = unsafe { CStr::from_ptr((self.functions.error_string)(code)) };
@@ -109,7 +125,7 @@ impl Nccl {
 }
 
 /// Ranks that exchange data.
-struct Group {
+pub(super) struct Group {
     nccl: Arc<Nccl>,
     comm: Comm,
     /// For messages.
@@ -122,6 +138,63 @@ struct Group {
 unsafe impl Send for Group {}
 
 impl Group {
+    /// The `size` ranks that were given `id`.
+    ///
+    /// # Errors
+    /// A rank has not joined within `limit`, or cannot be reached.
+    pub(super) fn start(
+        nccl: &Arc<Nccl>,
+        id: UniqueId,
+        size: usize,
+        rank: usize,
+        limit: Duration,
+    ) -> Result<Self, CollectiveError> {
+        let mut config = Config {
+            size: size_of::<Config>(),
+            magic: MAGIC,
+            version: CONFIG_VERSION,
+            blocking: 0,
+            cga_cluster_size: UNSET,
+            min_ctas: UNSET,
+            max_ctas: UNSET,
+            net_name: ptr::null(),
+            split_share: UNSET,
+        };
+        let mut comm = ptr::null_mut();
+        // SAFETY: the pointers are to live values of the types that the function wants.
+        let code =
+            unsafe { (nccl.functions.init_rank)(&raw mut comm, size as c_int, id, rank as c_int, &raw mut config) };
+        let ranks = format!("the ranks 0 to {}", size - 1);
+        if comm.is_null() {
+            return Err(CollectiveError::Nccl { ranks, doing: "starting", reason: nccl.describe(code) });
+        }
+        let group = Self { nccl: Arc::clone(nccl), comm, ranks, limit };
+        group.settle("starting", code)?;
+        Ok(group)
+    }
+
+    pub(super) fn failed(&self, doing: &'static str) -> impl Fn(BackendError) -> CollectiveError {
+        let ranks = self.ranks.clone();
+        move |error| CollectiveError::Nccl { ranks: ranks.clone(), doing, reason: error.to_string() }
+    }
+
+    /// Waits until the device has done what was asked for.
+    pub(super) fn wait(&self, device: &Device, doing: &'static str) -> Result<(), CollectiveError> {
+        let start = Instant::now();
+        while !device.poll().map_err(self.failed(doing))? {
+            match self.state() {
+                SUCCESS | IN_PROGRESS if start.elapsed() < self.limit => {}
+                SUCCESS | IN_PROGRESS => return Err(self.late(doing)),
+                code => return Err(self.error(doing, code)),
+            }
+        }
+        Ok(())
+    }
+
+    fn late(&self, doing: &'static str) -> CollectiveError {
+        CollectiveError::NcclTimeout { ranks: self.ranks.clone(), doing, seconds: self.limit.as_secs_f64() }
+    }
+
     fn error(&self, doing: &'static str, code: c_int) -> CollectiveError {
         CollectiveError::Nccl { ranks: self.ranks.clone(), doing, reason: self.nccl.describe(code) }
     }
@@ -140,18 +213,19 @@ impl Group {
     fn settle(&self, doing: &'static str, mut code: c_int) -> Result<(), CollectiveError> {
         let start = Instant::now();
         while code == IN_PROGRESS {
-            if start.elapsed() > self.limit {
-                let seconds = self.limit.as_secs_f64();
-                return Err(CollectiveError::NcclTimeout { ranks: self.ranks.clone(), doing, seconds });
+            // A call is accepted in some tens of microseconds, by a thread of NCCL's; only where ranks still connect it takes long.
+            match start.elapsed() {
+                elapsed if elapsed > self.limit => return Err(self.late(doing)),
+                elapsed if elapsed > PATIENCE => std::thread::sleep(PATIENCE),
+                _ => std::thread::yield_now(),
             }
-            std::thread::sleep(Duration::from_micros(200));
             code = self.state();
         }
         if code == SUCCESS { Ok(()) } else { Err(self.error(doing, code)) }
     }
 
     /// All ranks' `count` floats one after another, on every rank.
-    fn all_gather(&self, device: &Device, from: u64, to: u64, count: usize) -> Result<(), CollectiveError> {
+    pub(super) fn all_gather(&self, device: &Device, from: u64, to: u64, count: usize) -> Result<(), CollectiveError> {
         let f = &self.nccl.functions;
         let (from, to) = (ptr::with_exposed_provenance(from as usize), ptr::with_exposed_provenance_mut(to as usize));
         // SAFETY: the caller's buffers have room for the floats, and live until the stream has passed.
@@ -160,7 +234,7 @@ impl Group {
     }
 
     /// Sends and receives at once, each (address, floats, peer).
-    fn exchange(
+    pub(super) fn exchange(
         &self,
         doing: &'static str,
         device: &Device,
@@ -196,6 +270,8 @@ impl Drop for Group {
 
 /// The groups of one rank.
 pub struct NcclCollective {
+    /// First, so that it goes first: nothing is given back while its kernels wait for a rank.
+    peers: Option<PeerSums>,
     device: Arc<Device>,
     mesh: Mesh,
     rank: usize,
@@ -209,52 +285,41 @@ pub struct NcclCollective {
 }
 
 impl NcclCollective {
-    /// Bytes that other ranks' data need, where `sum` is the number of floats of the longest sum, and `columns` that of the longest gather on
-    /// one rank.
-    pub fn received_bytes(mesh: Mesh, sum: usize, columns: usize) -> usize {
-        FLOAT * (mesh.tp * sum.min(SHORT_BYTES / FLOAT)).max(sum).max(mesh.tp * columns)
+    /// Bytes that other ranks' data need: the longest sum and the longest gather.
+    pub(crate) fn received_bytes(config: &ModelConfig, mesh: Mesh, max_step_tokens: usize) -> usize {
+        let (sum, columns) = (max_step_tokens * config.hidden_size, LOGIT_ROWS * (config.vocab_size / mesh.tp));
+        (FLOAT * (mesh.tp * sum.min(SHORT_BYTES / FLOAT)).max(sum).max(mesh.tp * columns))
+            .max(mesh.tp * size_of::<Card>())
     }
 
-    /// Joins the ranks that were given `id`; `received` has [`Self::received_bytes`], and its device is the calling thread's.
+    /// Joins the ranks that were given `id`; `received` has [`Self::received_bytes`], and its device is the calling thread's. With `area`
+    /// the ranks of a stage sum few rows without NCCL if all of them can.
     ///
     /// # Errors
     /// A rank has not joined within `limit`, or cannot be reached.
-    pub fn join(
+    pub(crate) fn join(
         nccl: &Arc<Nccl>,
         device: &Arc<Device>,
         id: UniqueId,
         (mesh, rank): (Mesh, usize),
         limit: Duration,
-        received: Memory,
+        (received, area): (Memory, Option<PeerArea>),
     ) -> Result<Self, CollectiveError> {
-        let world = mesh.world_size();
-        let mut config = Config {
-            size: size_of::<Config>(),
-            magic: MAGIC,
-            version: CONFIG_VERSION,
-            blocking: 0,
-            cga_cluster_size: UNSET,
-            min_ctas: UNSET,
-            max_ctas: UNSET,
-            net_name: ptr::null(),
-            split_share: UNSET,
-        };
-        let mut comm = ptr::null_mut();
-        let functions = &nccl.functions;
-        // SAFETY: the pointers are to live values of the types that the function wants.
-        let code = unsafe { (functions.init_rank)(&raw mut comm, world as c_int, id, rank as c_int, &raw mut config) };
-        let ranks = format!("the ranks 0 to {}", world - 1);
-        if comm.is_null() {
-            return Err(CollectiveError::Nccl { ranks, doing: "starting", reason: nccl.describe(code) });
-        }
-        let all = Group { nccl: Arc::clone(nccl), comm, ranks, limit };
-        all.settle("starting", code)?;
+        let all = Group::start(nccl, id, mesh.world_size(), rank, limit)?;
         let (stage, tp_rank) = (mesh.stage(rank), mesh.tp_rank(rank));
         let tensor_ranks = format!("the ranks {} to {} of stage {stage}", rank - tp_rank, rank - tp_rank + mesh.tp - 1);
-        let tensor = all.split(mesh.tp, stage, tp_rank, tensor_ranks)?;
+        let split = |size, color, key, ranks| match size {
+            1 => Ok(None),
+            _ => all.split(color, key, ranks).map(Some),
+        };
+        let tensor = split(mesh.tp, stage, tp_rank, tensor_ranks)?;
         let pipeline_ranks = format!("the ranks {tp_rank} of all stages");
-        let pipeline = all.split(mesh.pp, tp_rank, stage, pipeline_ranks)?;
-        Ok(Self { device: Arc::clone(device), mesh, rank, tensor, pipeline, received, _all: all })
+        let pipeline = split(mesh.pp, tp_rank, stage, pipeline_ranks)?;
+        let peers = match (&tensor, area) {
+            (Some(tensor), Some(area)) => tensor.open(device, &received, area, mesh.tp_rank(rank), mesh.tp)?,
+            _ => None,
+        };
+        Ok(Self { peers, device: Arc::clone(device), mesh, rank, tensor, pipeline, received, _all: all })
     }
 
     /// Adds the summands of all ranks, which lie one after another.
@@ -279,18 +344,64 @@ impl NcclCollective {
 
 impl Group {
     /// The ranks of this group that name the same color, in the order of their keys.
-    fn split(&self, size: usize, color: usize, key: usize, ranks: String) -> Result<Option<Self>, CollectiveError> {
-        let mut comm = ptr::null_mut();
-        let f = &self.nccl.functions;
-        if size == 1 {
-            return Ok(None);
-        }
+    pub(super) fn split(&self, color: usize, key: usize, ranks: String) -> Result<Self, CollectiveError> {
+        // NCCL writes there until the call is accepted, and after an error perhaps later: the place is then never given back.
+        let place: &'static mut Comm = Box::leak(Box::new(ptr::null_mut()));
+        let place = ptr::from_mut(place);
         // SAFETY: the communicator is live; without a configuration the new one is like it.
-        let code = unsafe { (f.split)(self.comm, color as c_int, key as c_int, &raw mut comm, ptr::null_mut()) };
+        let code =
+            unsafe { (self.nccl.functions.split)(self.comm, color as c_int, key as c_int, place, ptr::null_mut()) };
         self.settle("splitting the ranks", code)?;
+        // SAFETY: leaked above; NCCL has written it and is done with it.
+        let comm = *unsafe { Box::from_raw(place) };
         let group = Self { nccl: Arc::clone(&self.nccl), comm, ranks, limit: self.limit };
         group.settle("splitting the ranks", group.state())?;
-        Ok(Some(group))
+        Ok(group)
+    }
+
+    /// Opens the areas of all ranks, if every rank can.
+    fn open(
+        &self,
+        device: &Arc<Device>,
+        room: &Memory,
+        area: PeerArea,
+        rank: usize,
+        ranks: usize,
+    ) -> Result<Option<PeerSums>, CollectiveError> {
+        let cards = self.tell(device, room, area.card(), rank, ranks)?;
+        let sums = area.open(&cards, rank);
+        let opened = self.tell(device, room, u32::from(sums.is_ok()), rank, ranks)?;
+        let reason = match sums {
+            Ok(sums) if opened.iter().all(|opened| *opened == 1) => {
+                tracing::info!(ranks = self.ranks, "sums of a few rows go through the memory of the devices");
+                return Ok(Some(sums));
+            }
+            Ok(_) => "another rank cannot".to_owned(),
+            Err(reason) => reason,
+        };
+        tracing::info!(ranks = self.ranks, reason, "all sums go through NCCL");
+        Ok(None)
+    }
+
+    /// What all ranks tell each other, by rank.
+    fn tell<T: bytemuck::Pod>(
+        &self,
+        device: &Arc<Device>,
+        room: &Memory,
+        own: T,
+        rank: usize,
+        ranks: usize,
+    ) -> Result<Vec<T>, CollectiveError> {
+        let doing = "telling each other of their memory";
+        let bytes = size_of::<T>();
+        let mut host = device.allocate_pinned(doing, ranks * bytes).map_err(self.failed(doing))?;
+        host.slice_mut::<T>(ranks)[rank] = own;
+        device.upload(&host, rank * bytes, bytes, room, rank * bytes);
+        let at = room.pointer();
+        self.all_gather(device, at + (rank * bytes) as u64, at, bytes / FLOAT)?;
+        device.download(room, 0, ranks * bytes, &mut host, 0);
+        self.wait(device, doing)?;
+        Ok(host.slice::<T>(ranks).to_vec())
     }
 }
 
@@ -311,6 +422,24 @@ impl Collective<CudaBackend> for NcclCollective {
         group.exchange("summing", &self.device, sends, recvs)?;
         self.add(received, share, at(x, own));
         group.all_gather(&self.device, at(x, own), x, share)
+    }
+
+    fn all_reduce_add(
+        &mut self,
+        backend: &CudaBackend,
+        rows: usize,
+        x: &mut Buffer,
+        y: &mut Buffer,
+        norm: Option<NormTo<'_, CudaBackend>>,
+    ) -> Result<(), CollectiveError> {
+        match &self.peers {
+            Some(peers) if peers.takes(rows, x) => peers.add(rows, x, y, norm),
+            _ => {
+                self.all_reduce(rows, y)?;
+                backend.add_norm(rows, x, y, norm);
+            }
+        }
+        Ok(())
     }
 
     fn gather_columns(&mut self, rows: usize, x: &Buffer, out: &mut Buffer) -> Result<(), CollectiveError> {

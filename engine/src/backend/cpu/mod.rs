@@ -320,9 +320,11 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn choose(&self, _: &[Choice], _: usize, _: &mut Buffer, _: &mut Vec<Option<u32>>) -> Result<bool, BackendError> {
-        Ok(false)
+    fn choose(&self, _: &[Choice], _: usize, _: &mut Buffer) -> bool {
+        false
     }
+
+    fn chosen(&self, _: usize, _: &mut Vec<Option<u32>>) {}
 
     fn fetch<'a>(&self, rows: usize, x: &'a mut Buffer) -> Result<&'a mut [f32], BackendError> {
         Ok(x.rows_mut(rows))

@@ -15,7 +15,7 @@ use crate::backend::BackendError;
 
 /// Rows are filled up to a multiple of this.
 pub(super) const ROW_TILE: usize = 128;
-const WORKSPACE_BYTES: usize = 64 << 20;
+pub(super) const WORKSPACE_BYTES: usize = 64 << 20;
 
 const NAMES: &[&str] = &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"];
 
@@ -27,6 +27,9 @@ const COMPUTE_32F: c_int = 68;
 const OP_T: i32 = 1;
 const DESC_TRANSA: c_int = 3;
 const PREF_MAX_WORKSPACE_BYTES: c_int = 1;
+const PREF_REDUCTION_SCHEMES: c_int = 3;
+/// Of x, of a summand that is not used, and of the result.
+const PREF_MIN_ALIGNMENTS: [c_int; 3] = [6, 7, 8];
 
 type Handle = *mut c_void;
 type Status = c_int;
@@ -164,10 +167,19 @@ impl Blas {
             Heuristic { algorithm: [0; 8], workspace_bytes: 0, state: STATUS_SUCCESS, waves: 0.0, reserved: [0; 4] };
         let mut result = empty;
         let bytes = WORKSPACE_BYTES as u64;
+        // No sum is cut into parts, whose number would be a matter of the rows. Rows begin anywhere, so at multiples of 16 bytes.
+        let words =
+            [(PREF_REDUCTION_SCHEMES, 0_u32)].into_iter().chain(PREF_MIN_ALIGNMENTS.map(|operand| (operand, 16)));
         // SAFETY: all pointers are to live values of the types that the functions want.
         let status = unsafe {
             check("cublasLtMatmulPreferenceCreate", preference_create(&raw mut preference))?;
-            let set = preference_set(preference, PREF_MAX_WORKSPACE_BYTES, (&raw const bytes).cast(), size_of::<u64>());
+            let mut set =
+                preference_set(preference, PREF_MAX_WORKSPACE_BYTES, (&raw const bytes).cast(), size_of::<u64>());
+            for (attribute, value) in words {
+                if set == STATUS_SUCCESS {
+                    set = preference_set(preference, attribute, (&raw const value).cast(), size_of::<u32>());
+                }
+            }
             let status = heuristic(
                 self.handle,
                 plan.description,

@@ -4,13 +4,16 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{
-    CUdeviceptr, CUfunction, CUfunction_attribute, CUgraphInstantiate_flags, CUresult, CUstream, CUstreamCaptureMode,
+    CUdeviceptr, CUfunction, CUfunction_attribute, CUgraphInstantiate_flags, CUmodule, CUresult, CUstream,
+    CUstreamCaptureMode,
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError, result};
+use nemotron_kernels::image;
 use nemotron_kernels::ops::{KERNELS, Launch};
 
 use super::libraries;
@@ -54,11 +57,11 @@ pub struct Pinned {
 unsafe impl Send for Pinned {}
 
 impl Device {
-    /// Opens device `ordinal` of those that this process sees.
+    /// Opens device `ordinal` of those that this process sees; in `folders` libraries are looked for first.
     ///
     /// # Errors
     /// There is no driver or no such device, or it is in a state in which it cannot be used.
-    pub fn open(ordinal: usize) -> Result<Arc<Self>, BackendError> {
+    pub fn open(ordinal: usize, folders: &[PathBuf]) -> Result<Arc<Self>, BackendError> {
         libraries::driver()?;
         let unusable = |error: DriverError| libraries::unavailable(format!("device {ordinal}: {}", describe(&error)));
         let context = CudaContext::new(ordinal).map_err(unusable)?;
@@ -66,7 +69,7 @@ impl Device {
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(unusable)?;
         let done = stream.record_event(None).map_err(unusable)?;
-        let kernels = load_kernels(context.compute_capability().map_err(unusable)?)?;
+        let kernels = load_kernels(context.compute_capability().map_err(unusable)?, folders)?;
         Ok(Arc::new(Self { context, stream, done, kernels, failure: Mutex::new(None) }))
     }
 
@@ -184,7 +187,7 @@ impl Device {
     }
 
     /// Sets every byte, behind what was asked for before.
-    pub(super) fn fill(&self, memory: &Memory, byte: u8) {
+    pub(crate) fn fill(&self, memory: &Memory, byte: u8) {
         // SAFETY: the whole of an allocation.
         let answer = unsafe { result::memset_d8_async(memory.pointer, byte, memory.bytes, self.stream()) };
         self.note("filling memory", answer);
@@ -194,7 +197,7 @@ impl Device {
     ///
     /// # Errors
     /// The driver refuses.
-    pub(super) fn start_recording(&self) -> Result<(), BackendError> {
+    pub(crate) fn start_recording(&self) -> Result<(), BackendError> {
         // Libraries have threads of their own, which may allocate meanwhile.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).map_err(|error| failed("recording a graph", &error))
@@ -204,7 +207,7 @@ impl Device {
     ///
     /// # Errors
     /// Something that was asked for cannot be recorded.
-    pub(super) fn end_recording(&self) -> Result<CudaGraph, BackendError> {
+    pub(crate) fn end_recording(&self) -> Result<CudaGraph, BackendError> {
         let graph = self.stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
         let graph = graph.map_err(|error| failed("recording a graph", &error))?;
         graph.ok_or_else(|| BackendError::Failed { device: "CUDA", reason: "an empty graph was recorded".into() })
@@ -269,9 +272,18 @@ impl Memory {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+
+    pub(super) fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
 }
 
 impl Pinned {
+    /// Its address for the device, which is that for the host.
+    pub(super) fn pointer(&self) -> CUdeviceptr {
+        self.pointer.expose_provenance() as CUdeviceptr
+    }
+
     /// The first `len` elements. The device must not be writing them.
     pub fn slice<T: bytemuck::Pod>(&self, len: usize) -> &[T] {
         assert!(len * size_of::<T>() <= self.bytes, "a slice inside its buffer");
@@ -306,24 +318,64 @@ impl Drop for Pinned {
     }
 }
 
-/// Loads the images made for the device's architecture and finds every kernel in them. They stay loaded as long as the process.
-fn load_kernels(capability: (i32, i32)) -> Result<HashMap<&'static str, CUfunction>, BackendError> {
+/// Loads the image for the device's architecture; where the driver refuses that, the kernels are compiled here.
+fn load_module(capability: (i32, i32), folders: &[PathBuf]) -> Result<CUmodule, BackendError> {
+    use CUresult::*;
     let (major, minor) = (capability.0 as u32, capability.1 as u32);
-    let image =
-        nemotron_kernels::image::image(major, minor).map_err(|error| libraries::unavailable(error.to_string()))?;
-    // SAFETY: the context is current on this thread; the image is a whole one, made when the binary was built.
-    let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
-        .map_err(|error| failed("loading the kernels", &error))?;
+    // SAFETY: the context is current on this thread; the image is a whole one, as the compiler gave it.
+    let load = |image: &[u8]| unsafe { result::module::load_data(image.as_ptr().cast()) };
+    let image = image::image(major, minor).map_err(|error| libraries::unavailable(error.to_string()))?;
+    let refused = match load(&image) {
+        Ok(module) => return Ok(module),
+        Err(error) => error,
+    };
+    let is_unsuitable = matches!(
+        refused.0,
+        CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUDA_ERROR_INVALID_IMAGE
+            | CUDA_ERROR_INVALID_PTX
+            | CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | CUDA_ERROR_JIT_COMPILER_NOT_FOUND
+            | CUDA_ERROR_JIT_COMPILATION_DISABLED
+    );
+    if !is_unsuitable {
+        return Err(failed("loading the kernels", &refused));
+    }
+    tracing::info!(major, minor, "the driver has no use for the kernels' images: they are compiled");
+    let compiled = libraries::nvrtc(folders)
+        .and_then(|nvrtc| image::compile(&nvrtc, major, minor).map_err(|error| error.to_string()));
+    let compiled = compiled.map_err(|reason| {
+        libraries::unavailable(format!(
+            "the driver refuses the kernels for compute capability {major}.{minor} ({}), and they cannot be compiled here: {reason}; \
+             a newer driver, or NVIDIA's NVRTC beside cuBLASLt, is needed",
+            describe(&refused)
+        ))
+    })?;
+    load(&compiled).map_err(|error| failed("loading the kernels that were compiled", &error))
+}
+
+/// Finds every kernel in the device's module, which stays loaded as long as the process.
+fn load_kernels(
+    capability: (i32, i32),
+    folders: &[PathBuf],
+) -> Result<HashMap<&'static str, CUfunction>, BackendError> {
+    let module = load_module(capability, folders)?;
     let mut kernels = HashMap::new();
     for &(name, shared_bytes) in KERNELS {
         let c_name = CString::new(name).expect("names of kernels have no zero byte");
         // SAFETY: the module is loaded and stays so.
         let function = unsafe { result::module::get_function(module, c_name) }.map_err(|error| failed(name, &error))?;
         if shared_bytes > DEFAULT_SHARED_BYTES {
-            let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: as above.
-            unsafe { result::function::set_function_attribute(function, attribute, shared_bytes as i32) }
-                .map_err(|error| failed(name, &error))?;
+            // As much as several blocks of a multiprocessor need together, or the driver may leave room for one only.
+            const ALL: i32 = 100;
+            for (attribute, value) in [
+                (CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as i32),
+                (CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, ALL),
+            ] {
+                // SAFETY: as above.
+                unsafe { result::function::set_function_attribute(function, attribute, value) }
+                    .map_err(|error| failed(name, &error))?;
+            }
         }
         kernels.insert(name, function);
     }

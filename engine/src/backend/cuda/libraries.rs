@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use libloading::Library;
+use nemotron_kernels::nvrtc::Nvrtc;
 
 use crate::backend::BackendError;
 use crate::error_chain::error_chain;
@@ -28,6 +29,7 @@ const DRIVER_SYMBOLS: &[&str] = &[
     "cuLaunchKernel",
     "cuStreamBeginCapture_v2",
     "cuGraphInstantiateWithFlags",
+    "cuIpcOpenMemHandle_v2",
 ];
 
 /// Loads the driver and returns the version of its API, as 1000 · major + 10 · minor.
@@ -66,16 +68,30 @@ pub(super) fn driver() -> Result<i32, BackendError> {
 /// # Errors
 /// There is none; the text says what was tried.
 pub(crate) fn open(names: &[&str], symbols: &[&str], folders: &[PathBuf]) -> Result<Library, BackendError> {
+    first(names, folders, |path| try_open(path, symbols)).map_err(unavailable)
+}
+
+/// Opens the first of NVRTC's versions that there is.
+///
+/// # Errors
+/// There is none; the text says what was tried.
+pub(super) fn nvrtc(folders: &[PathBuf]) -> Result<Nvrtc, String> {
+    first(&["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"], folders, |path| {
+        Nvrtc::load(path).map_err(|error| error_chain(&error))
+    })
+}
+
+fn first<T>(names: &[&str], folders: &[PathBuf], open: impl Fn(&Path) -> Result<T, String>) -> Result<T, String> {
     let in_folders = folders.iter().flat_map(|folder| names.iter().map(move |name| folder.join(name)));
     let candidates = in_folders.filter(|path| path.exists()).chain(names.iter().map(PathBuf::from));
     let mut tried = Vec::new();
     for path in candidates {
-        match try_open(&path, symbols) {
+        match open(&path) {
             Ok(library) => return Ok(library),
             Err(reason) => tried.push(format!("{}: {reason}", path.display())),
         }
     }
-    Err(unavailable(format!("{} is not usable ({})", names[0], tried.join("; "))))
+    Err(format!("{} is not usable ({})", names[0], tried.join("; ")))
 }
 
 /// Declares `Functions`, a table of a library's functions, and how it is loaded from the first of the names that has them all. Each signature

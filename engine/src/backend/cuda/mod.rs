@@ -9,7 +9,9 @@ mod ceiling;
 mod device;
 mod graphs;
 pub(crate) mod libraries;
+pub(crate) mod peers;
 mod sample;
+pub(crate) mod sizes;
 mod step;
 mod weights;
 
@@ -17,8 +19,8 @@ use std::cell::{OnceCell, RefCell};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use nemotron_kernels::Ptr;
 use nemotron_kernels::ops::{AddNorm, Attention, AttentionCombine, Embed, Gemm, GemmReduce, RopeAppend, Sizes, Store};
+use nemotron_kernels::{Bf16, Ptr};
 
 pub use self::device::{Device, Memory, Pinned};
 
@@ -27,15 +29,10 @@ use self::graphs::Graphs;
 use self::sample::SampleData;
 use self::step::StepData;
 use self::weights::Uploader;
-use super::{Backend, BackendError, Begun, ComputeType, HeadShape, StepBatch};
+use super::{Backend, BackendError, Begun, ComputeType, HeadShape, NormTo, StepBatch};
 use crate::checkpoint::Tensor;
 use crate::request::Choice;
-
-/// Parts of a sum, for which room for partial sums is made.
-const MAX_CHUNKS: usize = 8;
-
-/// Of partial sums at most, if a tile of rows does not need more.
-const PARTIALS_BYTES: usize = 128 << 20;
+use crate::spec::Limits;
 
 /// What decides how a device is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,15 +41,9 @@ pub struct CudaOptions {
     pub ordinal: usize,
     /// Where cuBLASLt and NCCL are looked for before the loader's own places.
     pub library_folders: Vec<PathBuf>,
-    /// Tokens in one step at most.
-    pub max_step_tokens: usize,
-    /// Sequences that run at the same time at most.
-    pub max_sequences: usize,
-    /// Rows of logits at a time at most.
-    pub max_logit_rows: usize,
+    pub limits: Limits,
     /// Positions of a sequence at most.
     pub max_context: usize,
-    pub page_tokens: usize,
 }
 
 /// Runs the model on one device.
@@ -66,7 +57,7 @@ pub struct CudaBackend {
     /// Partial sums of products whose columns are cut into parts, f32; grows with the matrices that are loaded.
     partials: RefCell<Option<Memory>>,
     heads: OnceCell<HeadBuffers>,
-    max_rows: usize,
+    limits: Limits,
     max_context: usize,
 }
 
@@ -122,17 +113,17 @@ impl CudaBackend {
         if compute == ComputeType::F32 {
             return Err(libraries::unavailable("it computes in bf16 only, not in f32".into()));
         }
-        let device = Device::open(options.ordinal)?;
+        let device = Device::open(options.ordinal, &options.library_folders)?;
         let blas = Blas::new(&device, &options.library_folders)?;
         Ok(Self {
             blas: RefCell::new(blas),
             uploader: RefCell::new(Uploader::new(&device)?),
             step: RefCell::new(StepData::new(&device, options)?),
-            sampling: RefCell::new(SampleData::new(&device, options.max_logit_rows)?),
+            sampling: RefCell::new(SampleData::new(&device)?),
             graphs: RefCell::default(),
             partials: RefCell::new(None),
             heads: OnceCell::new(),
-            max_rows: options.max_step_tokens,
+            limits: options.limits,
             max_context: options.max_context,
             device,
         })
@@ -150,11 +141,6 @@ impl CudaBackend {
             true => Err(BackendError::NoRoom { device: "CUDA", bytes, free: free as u64 }),
             false => Ok(()),
         }
-    }
-
-    /// Rows that a buffer has room for, so that a product may fill up its last tile.
-    fn room(capacity: usize) -> usize {
-        capacity.next_multiple_of(ROW_TILE) + ROW_TILE
     }
 
     fn multiply(&self, rows: usize, x: &Operand, w: &Matrix, chunks: usize, store: Store, out: u64) {
@@ -175,11 +161,12 @@ impl CudaBackend {
             }
         }
 
-        let block = if store == Store::F32 { self.max_rows } else { room / w.rows / ROW_TILE * ROW_TILE };
+        let max_rows = self.limits.max_step_tokens;
+        let block = if store == Store::F32 { max_rows } else { room / w.rows / ROW_TILE * ROW_TILE };
         for row in (first_prompt..rows).step_by(block) {
             let rows = block.min(rows - row);
             let sums = if store == Store::F32 { to(row) } else { partials };
-            let shape = Shape { rows: w.rows, cols: w.cols, capacity: self.max_rows.next_multiple_of(ROW_TILE) };
+            let shape = Shape { rows: w.rows, cols: w.cols, capacity: max_rows.next_multiple_of(ROW_TILE) };
             let answer = self.blas.borrow_mut().multiply(shape, rows, from(row), w.memory.pointer(), sums);
             self.device.note_failure(answer);
             if store != Store::F32 {
@@ -217,12 +204,9 @@ impl CudaBackend {
         self.partials.borrow().as_ref().map_or((0, 0), |memory| (memory.pointer(), memory.bytes() / 4))
     }
 
-    /// Makes room for the partial sums of a product with a [rows, cols] matrix, for as many rows as decode at once. More rows go through in
-    /// blocks.
+    /// Makes room for the partial sums of a product with a [rows, cols] matrix.
     fn reserve_partials(&self, rows: usize, cols: usize) -> Result<(), BackendError> {
-        let parts = (Gemm::parts(rows as u32, cols as u32, 1) as usize).max(MAX_CHUNKS);
-        let decoding = (4 * rows * parts * self.step.borrow().max_generated_rows()).min(PARTIALS_BYTES);
-        let bytes = decoding.max(4 * rows * ROW_TILE);
+        let bytes = sizes::partials(&self.limits, rows, cols);
         let mut partials = self.partials.borrow_mut();
         if partials.as_ref().is_none_or(|memory| memory.bytes() < bytes) {
             // The old one first, so that there is room.
@@ -232,18 +216,17 @@ impl CudaBackend {
         Ok(())
     }
 
-    fn add_norm(&self, rows: usize, x: u64, width: usize, y: u64, norm: Option<(&Norm, f32, u64)>) {
-        let (scale, shift, eps, out) =
-            norm.map_or((0, 0, 0.0, 0), |(norm, eps, out)| (norm.scale.pointer(), norm.shift.pointer(), eps, out));
+    fn add_then_norm(&self, rows: usize, x: &Buffer, y: Option<&Buffer>, norm: Option<NormTo<'_, Self>>) {
+        let (scale, shift, out, eps) = norm.map_or((Ptr::NULL, Ptr::NULL, Ptr::NULL, 0.0), NormTo::addresses);
         let add_norm = AddNorm {
-            x: Ptr::new(x),
-            y: Ptr::new(y),
+            x: Ptr::new(x.address()),
+            y: y.map_or(Ptr::NULL, |y| Ptr::new(y.address())),
             indices: Ptr::NULL,
-            scale: Ptr::new(scale),
-            shift: Ptr::new(shift),
-            out: Ptr::new(out),
+            scale,
+            shift,
+            out,
             rows: rows as u32,
-            hidden: width as u32,
+            hidden: x.width as u32,
             eps,
             reserved: 0,
         };
@@ -254,14 +237,11 @@ impl CudaBackend {
     fn head_buffers(&self, shape: &HeadShape) -> Result<&HeadBuffers, BackendError> {
         if self.heads.get().is_none() {
             self.step.borrow_mut().set_heads(shape);
-            let width = shape.heads * shape.head_dim;
             let rope = self.upload_f32("the table of rotations", &rope_table(shape, self.max_context))?;
-            let rows_splits = self.step.borrow().max_row_splits();
-            let (sums, stats) =
-                Attention::workspace_bytes(rows_splits as u32, shape.heads as u32, shape.head_dim as u32, 1);
+            let [q, sums, stats] = sizes::attention(&self.limits, self.max_context, shape);
             let buffers = HeadBuffers {
                 rope,
-                q: self.device.allocate("queries", Self::room(self.max_rows) * width * 2)?,
+                q: self.device.allocate("queries", q)?,
                 sums: self.device.allocate("partial sums of attention", sums)?,
                 stats: self.device.allocate("partial sums of attention", stats)?,
             };
@@ -299,12 +279,12 @@ impl Backend for CudaBackend {
     }
 
     fn buffer(&self, capacity: usize, width: usize) -> Result<Buffer, BackendError> {
-        let memory = self.device.allocate("an activation buffer", Self::room(capacity) * width * 4)?;
+        let memory = self.device.allocate("an activation buffer", sizes::buffers(capacity, width, 0))?;
         Ok(Buffer { memory, width, host: None })
     }
 
     fn operand(&self, capacity: usize, width: usize) -> Result<Operand, BackendError> {
-        let memory = self.device.allocate("an activation buffer", Self::room(capacity) * width * 2)?;
+        let memory = self.device.allocate("an activation buffer", sizes::buffers(capacity, 0, width))?;
         Ok(Operand { memory, width })
     }
 
@@ -359,7 +339,7 @@ impl Backend for CudaBackend {
     }
 
     fn layer_norm(&self, rows: usize, x: &Buffer, norm: &Norm, eps: f32, out: &mut Operand) {
-        self.add_norm(rows, x.memory.pointer(), x.width, 0, Some((norm, eps, out.memory.pointer())));
+        self.add_then_norm(rows, x, None, Some(NormTo { norm, eps, out }));
     }
 
     fn linear(&self, rows: usize, x: &Operand, w: &Matrix, out: &mut Buffer) {
@@ -437,7 +417,11 @@ impl Backend for CudaBackend {
     }
 
     fn add(&self, rows: usize, x: &mut Buffer, y: &Buffer) {
-        self.add_norm(rows, x.memory.pointer(), x.width, y.memory.pointer(), None);
+        self.add_then_norm(rows, x, Some(y), None);
+    }
+
+    fn add_norm(&self, rows: usize, x: &mut Buffer, y: &Buffer, norm: Option<NormTo<'_, Self>>) {
+        self.add_then_norm(rows, x, Some(y), norm);
     }
 
     fn gather_rows(&self, x: &Buffer, indices: &[u32], out: &mut Buffer) {
@@ -447,21 +431,13 @@ impl Backend for CudaBackend {
         unsafe { self.device.launch(&gather.launch()) };
     }
 
-    fn choose(
-        &self,
-        choices: &[Choice],
-        vocab: usize,
-        logits: &mut Buffer,
-        tokens: &mut Vec<Option<u32>>,
-    ) -> Result<bool, BackendError> {
-        let mut sampling = self.sampling.borrow_mut();
-        let is_chosen = sampling.choose(&self.device, choices, vocab, (logits.address(), logits.width));
-        if is_chosen {
-            self.device.wait()?;
-            tokens.clear();
-            tokens.extend(sampling.tokens(choices.len()));
-        }
-        Ok(is_chosen)
+    fn choose(&self, choices: &[Choice], vocab: usize, logits: &mut Buffer) -> bool {
+        self.sampling.borrow_mut().choose(&self.device, choices, vocab, (logits.address(), logits.width))
+    }
+
+    fn chosen(&self, count: usize, tokens: &mut Vec<Option<u32>>) {
+        tokens.clear();
+        tokens.extend(self.sampling.borrow_mut().tokens(count));
     }
 
     fn fetch<'a>(&self, rows: usize, x: &'a mut Buffer) -> Result<&'a mut [f32], BackendError> {
@@ -486,6 +462,14 @@ impl Buffer {
     /// Elements of a row.
     pub fn width(&self) -> usize {
         self.width
+    }
+}
+
+impl NormTo<'_, CudaBackend> {
+    /// 1 + γ, β, the result, and ε.
+    fn addresses(self) -> (Ptr<f32>, Ptr<f32>, Ptr<Bf16>, f32) {
+        let Self { norm, eps, out } = self;
+        (Ptr::new(norm.scale.pointer()), Ptr::new(norm.shift.pointer()), Ptr::new(out.memory.pointer()), eps)
     }
 }
 

@@ -6,31 +6,27 @@ use nemotron_kernels::Ptr;
 use nemotron_kernels::ops::{NOT_FINITE, Sample, SampleRow};
 
 use super::device::{Device, Memory, Pinned};
+use super::sizes;
 use crate::backend::BackendError;
 use crate::request::Choice;
-
-/// Ids that all rows of a batch may name together, for each row of a batch.
-const IDS_PER_ROW: usize = 16 << 10;
+use crate::spec::LOGIT_ROWS;
 
 pub(super) struct SampleData {
-    /// [rows], then [ids], then [ids] biases, then [rows] tokens
+    /// [LOGIT_ROWS], then [ids], then [ids] biases, then [LOGIT_ROWS] tokens
     host: Pinned,
     device: Memory,
-    rows: usize,
     ids: usize,
 }
 
 impl SampleData {
-    /// For at most `rows` rows at a time.
-    pub(super) fn new(device: &Arc<Device>, rows: usize) -> Result<Self, BackendError> {
-        let ids = rows * IDS_PER_ROW;
-        let bytes = rows * size_of::<SampleRow>() + 2 * ids * 4 + rows * 4;
+    pub(super) fn new(device: &Arc<Device>) -> Result<Self, BackendError> {
+        let (ids, bytes) = sizes::sampling();
         let (host, memory) = (device.allocate_pinned("sampling", bytes)?, device.allocate("sampling", bytes)?);
-        Ok(Self { host, device: memory, rows, ids })
+        Ok(Self { host, device: memory, ids })
     }
 
     fn ids_at(&self) -> usize {
-        self.rows * size_of::<SampleRow>()
+        LOGIT_ROWS * size_of::<SampleRow>()
     }
 
     fn biases_at(&self) -> usize {
@@ -50,7 +46,7 @@ impl SampleData {
         (logits, stride): (u64, usize),
     ) -> bool {
         let named = |choice: &Choice| choice.masked.len() + choice.sampling.logit_bias.len() + choice.seen.len();
-        if choices.len() > self.rows || choices.iter().map(named).sum::<usize>() > self.ids {
+        if choices.len() > LOGIT_ROWS || choices.iter().map(named).sum::<usize>() > self.ids {
             return false;
         }
         let (mut num_ids, mut num_biases) = (0, 0);

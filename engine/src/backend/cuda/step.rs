@@ -3,18 +3,15 @@
 use std::sync::Arc;
 
 use nemotron_kernels::Ptr;
-use nemotron_kernels::ops::{Attention, AttentionTile, GatherRows, NO_ROW};
+use nemotron_kernels::ops::{Attention, GatherRows, NO_ROW};
 
 use super::device::{Device, Memory, Pinned};
+use super::sizes::{self, TILE_WORDS, WORD};
 use super::{CudaOptions, graphs};
 use crate::backend::{BackendError, HeadShape, StepBatch};
 
 /// No token has it: its embedding is zeros.
 const NO_ID: u32 = u32::MAX;
-const WORD: usize = size_of::<u32>();
-/// Words of an [`AttentionTile`].
-const TILE_WORDS: usize = 4;
-const _: () = assert!(size_of::<AttentionTile>() == TILE_WORDS * WORD);
 
 /// The rows of a step, on the host and on the device. The arrays lie one behind the other.
 pub(super) struct StepData {
@@ -54,20 +51,15 @@ pub(super) struct Group {
 
 impl StepData {
     pub(super) fn new(device: &Arc<Device>, options: &CudaOptions) -> Result<Self, BackendError> {
-        let rows = options.max_step_tokens.next_multiple_of(TILE_WORDS);
-        let max_pages = options.max_context.div_ceil(options.page_tokens);
-        // A sequence has two spans where its prompt ends.
-        let words = rows * (4 + TILE_WORDS) + 2 * options.max_sequences * max_pages;
-        let max_splits = Attention::splits(options.max_context as u32);
-        let max_generated_rows = options.max_sequences.min(options.max_step_tokens);
+        let (rows, words) = sizes::step(&options.limits, options.max_context);
         Ok(Self {
             host: device.allocate_pinned("the rows of a step", words * WORD)?,
             device: device.allocate("the rows of a step", words * WORD)?,
             rows,
             words,
-            max_generated_rows,
-            max_splits,
-            max_row_splits: max_splits as usize * max_generated_rows.max(64),
+            max_generated_rows: sizes::max_generated_rows(&options.limits),
+            max_splits: Attention::splits(options.max_context as u32),
+            max_row_splits: sizes::row_splits(&options.limits, options.max_context),
             tile_tokens: 0,
             groups: Vec::new(),
             num_tiles: 0,
@@ -80,15 +72,6 @@ impl StepData {
 
     pub(super) fn set_heads(&mut self, shape: &HeadShape) {
         self.tile_tokens = Attention::tile_tokens(shape.heads as u32, shape.kv_heads as u32) as usize;
-    }
-
-    /// Rows that decode together at most.
-    pub(super) fn max_generated_rows(&self) -> usize {
-        self.max_generated_rows
-    }
-
-    pub(super) fn max_row_splits(&self) -> usize {
-        self.max_row_splits
     }
 
     /// The first row whose products are a prompt's.
