@@ -4,14 +4,19 @@
 //! the same way, whether alone or in a tile of twelve. So an element of y has the same bits whatever is computed beside it, one row reads the weights
 //! as fast as memory gives them, and many rows keep the multipliers busy.
 
-use super::matrix::{PANEL, Panel};
+use std::ops::Range;
+
+use super::matrix::{PANEL, Panel, Run};
 use super::product::Product;
 use super::simd::{Kernel, Simd};
+use super::twelve_bits::STEP_BYTES;
 
 /// Rows of x that one task multiplies: their partial sums stay in the cache.
 pub(super) const ROW_BLOCK: usize = 512;
 /// Steps after which the next rows take their turn: the weights of so many stay in the cache for all of them.
 const STEP_BLOCK: usize = 512;
+/// With more rows than this, steps are decoded once for all tiles.
+const MAX_ROWS_DECODING: usize = 24;
 /// Logarithm of the largest number of chunks.
 const MAX_LEVELS: usize = 7;
 
@@ -78,7 +83,12 @@ pub(super) struct Gemm<'a, P: Product> {
     pub(super) out_stride: usize,
     /// Room for [`sums_len`] numbers.
     pub(super) sums: &'a mut [f32],
+    /// Room for [`DECODED_LEN`] words.
+    pub(super) decoded: &'a mut [u32],
 }
+
+/// Words of decoded steps that a task needs room for.
+pub(super) const DECODED_LEN: usize = STEP_BLOCK * PANEL;
 
 /// Numbers that a task needs for its sums.
 pub(super) fn sums_len(rows: usize, chunks: usize) -> usize {
@@ -89,12 +99,12 @@ impl<P: Product> Kernel for Gemm<'_, P> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let Self { x, x_stride, rows, panel, chunks, out, first, out_stride, .. } = self;
-        let steps = panel.words.len() / PANEL;
+        let steps = panel.steps;
         // What the loads of the tiles rely on.
         assert!(0 < rows && (rows - 1) * x_stride + steps * P::STEP <= x.len());
         assert!(chunks.is_power_of_two() && chunks <= 1 << MAX_LEVELS && steps.is_multiple_of(chunks));
         let width = steps / chunks;
-        let (sums, len) = (self.sums, rows * PANEL);
+        let (sums, len, decoded) = (self.sums, rows * PANEL, self.decoded);
         for chunk in 0..chunks {
             let mut level = 0;
             // Sums of 2, 4, … chunks are completed as a binary counter carries: this chunk's go behind those that it completes.
@@ -102,15 +112,18 @@ impl<P: Product> Kernel for Gemm<'_, P> {
             let (earlier, part) = sums.split_at_mut(target * len);
             let part = &mut part[..len];
             for start in (0..width).step_by(STEP_BLOCK) {
-                let block = Block::<P> {
-                    x: &x[(chunk * width + start) * P::STEP..],
-                    x_stride,
-                    rows,
-                    words: &panel.words[(chunk * width + start) * PANEL..],
-                    steps: STEP_BLOCK.min(width - start),
-                    is_first: start == 0,
-                    sums: part,
-                };
+                let first = chunk * width + start;
+                let range = first..first + STEP_BLOCK.min(width - start);
+                let x = &x[first * P::STEP..];
+                let mut block = Block::<P> { x, x_stride, rows, panel, range, is_first: start == 0, sums: part };
+                let run;
+                if rows > MAX_ROWS_DECODING && panel.is_encoded() {
+                    run = Run::all(block.range.len());
+                    // SAFETY: the CPU has S.
+                    unsafe { Decode { panel: &panel, steps: block.range, to: decoded }.run::<S>() };
+                    block.panel = Panel::plain(panel.columns, panel.exponents, &run, decoded);
+                    block.range = 0..run.len;
+                }
                 // SAFETY: the CPU has S, and the operands were measured above.
                 unsafe { if S::WIDE { block.multiply::<S, 12, 2>() } else { block.multiply::<S, 4, 1>() } }
             }
@@ -142,14 +155,46 @@ impl<P: Product> Kernel for Gemm<'_, P> {
     }
 }
 
+/// Writes the words of some steps.
+pub(super) struct Decode<'a> {
+    pub(super) panel: &'a Panel<'a>,
+    pub(super) steps: Range<usize>,
+    /// [steps, PANEL], or more.
+    pub(super) to: &'a mut [u32],
+}
+
+impl Kernel for Decode<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: the CPU has S.
+        let exponents = unsafe { S::exponents(&self.panel.exponents.by_code) };
+        let mut to = self.to;
+        for (codes, words) in self.panel.pieces(self.steps) {
+            let codes = codes.as_chunks::<STEP_BYTES>().0;
+            let (decoded, rest) = to.split_at_mut(codes.len() * PANEL);
+            for (to, step) in decoded.as_chunks_mut::<PANEL>().0.iter_mut().zip(codes) {
+                for half in [0, 1] {
+                    // SAFETY: the CPU has S, and both halves have 16 words.
+                    unsafe {
+                        let words = S::as_f32(S::decode(step, half, exponents));
+                        S::store(to[16 * half..].as_mut_ptr().cast(), words);
+                    }
+                }
+            }
+            let (copied, rest) = rest.split_at_mut(words.len());
+            copied.copy_from_slice(words);
+            to = rest;
+        }
+    }
+}
+
 /// All rows with some steps of a panel.
 struct Block<'a, P: Product> {
     x: &'a [P::X],
     x_stride: usize,
     rows: usize,
-    /// [steps, PANEL]
-    words: &'a [u32],
-    steps: usize,
+    panel: Panel<'a>,
+    range: Range<usize>,
     /// The sums begin here, else they go on.
     is_first: bool,
     /// [rows, PANEL]
@@ -193,36 +238,38 @@ impl<P: Product> Block<'_, P> {
     /// As `multiply`; `row + MR` rows exist.
     #[inline(always)]
     unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(&mut self, row: usize) {
-        for vector in (0..PANEL / 16).step_by(NV) {
+        for first_half in (0..2).step_by(NV) {
             // SAFETY: by this method's contract.
             unsafe {
                 S::call(Tile::<P, MR, NV> {
                     x: self.x.as_ptr().add(row * self.x_stride),
                     x_stride: self.x_stride,
-                    words: self.words.as_ptr().add(16 * vector),
-                    steps: self.steps,
+                    panel: self.panel,
+                    range: self.range.clone(),
+                    first_half,
                     is_first: self.is_first,
-                    sums: self.sums[row * PANEL + 16 * vector..].as_mut_ptr(),
+                    sums: self.sums[row * PANEL + 16 * first_half..].as_mut_ptr(),
                 });
             }
         }
     }
 }
 
-/// MR rows with NV vectors of columns.
-struct Tile<P: Product, const MR: usize, const NV: usize> {
+/// MR rows with NV halves of a panel.
+struct Tile<'a, P: Product, const MR: usize, const NV: usize> {
     x: *const P::X,
     x_stride: usize,
-    words: *const u32,
-    steps: usize,
+    panel: Panel<'a>,
+    range: Range<usize>,
+    first_half: usize,
     is_first: bool,
     sums: *mut f32,
 }
 
-impl<P: Product, const MR: usize, const NV: usize> Kernel for Tile<P, MR, NV> {
+impl<P: Product, const MR: usize, const NV: usize> Kernel for Tile<'_, P, MR, NV> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // SAFETY: rows, steps and vectors are below the numbers that whoever made the tile has measured.
+        // SAFETY: rows and halves are below the numbers that whoever made the tile has measured, and pieces have as many steps as the range.
         unsafe {
             let mut sums = [[S::splat(0.0); NV]; MR];
             if !self.is_first {
@@ -232,20 +279,26 @@ impl<P: Product, const MR: usize, const NV: usize> Kernel for Tile<P, MR, NV> {
                     }
                 }
             }
-            let (mut x, mut words) = (self.x, self.words);
-            for _ in 0..self.steps {
-                let mut w = [P::load::<S>(words); NV];
-                for v in 1..NV {
-                    w[v] = P::load::<S>(words.add(16 * v));
-                }
-                for r in 0..MR {
-                    let x = x.add(r * self.x_stride);
-                    for v in 0..NV {
-                        sums[r][v] = P::mul_add::<S>(x, w[v], sums[r][v]);
+            let exponents = S::exponents(&self.panel.exponents.by_code);
+            let mut x = self.x;
+            for (codes, words) in self.panel.pieces(self.range) {
+                if P::STEP == 2 {
+                    for step in codes.as_chunks::<STEP_BYTES>().0 {
+                        let mut w = [P::weights::<S>(S::decode(step, self.first_half, exponents)); NV];
+                        for v in 1..NV {
+                            w[v] = P::weights::<S>(S::decode(step, self.first_half + v, exponents));
+                        }
+                        x = add_step::<S, P, MR, NV>(x, self.x_stride, w, &mut sums);
                     }
                 }
-                x = x.add(P::STEP);
-                words = words.add(PANEL);
+                for words in words.as_chunks::<PANEL>().0 {
+                    let words = words.as_ptr().add(16 * self.first_half);
+                    let mut w = [P::weights::<S>(S::load_pairs(words.cast())); NV];
+                    for v in 1..NV {
+                        w[v] = P::weights::<S>(S::load_pairs(words.add(16 * v).cast()));
+                    }
+                    x = add_step::<S, P, MR, NV>(x, self.x_stride, w, &mut sums);
+                }
             }
             for r in 0..MR {
                 for v in 0..NV {
@@ -253,5 +306,27 @@ impl<P: Product, const MR: usize, const NV: usize> Kernel for Tile<P, MR, NV> {
                 }
             }
         }
+    }
+}
+
+/// Adds the products of a step; returns where x goes on.
+///
+/// # Safety
+/// The CPU has S; `P::STEP` elements can be read from each of MR rows of x.
+#[inline(always)]
+unsafe fn add_step<S: Simd, P: Product, const MR: usize, const NV: usize>(
+    x: *const P::X,
+    x_stride: usize,
+    w: [P::Weights<S>; NV],
+    sums: &mut [[S::F32; NV]; MR],
+) -> *const P::X {
+    // SAFETY: by this function's contract.
+    unsafe {
+        for r in 0..MR {
+            for v in 0..NV {
+                sums[r][v] = P::mul_add::<S>(x.add(r * x_stride), w[v], sums[r][v]);
+            }
+        }
+        x.add(P::STEP)
     }
 }

@@ -1,10 +1,14 @@
 //! Weights and activations in host memory.
 
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
 use bytemuck::Pod;
 use memmap2::MmapMut;
 
 use super::simd::{Isa, Kernel, Simd, round_bf16, widen_bf16};
 use super::threads::Pool;
+use super::twelve_bits::{Exponents, STEP_BYTES};
 use crate::backend::{BackendError, ComputeType};
 use crate::checkpoint::{Block, Dtype, Tensor};
 
@@ -43,7 +47,7 @@ impl<T: Pod> Aligned<T> {
     }
 
     pub(super) fn as_slice(&self) -> &[T] {
-        bytemuck::cast_slice(self.as_ref())
+        self.map.as_ref().map_or(&[], |map| bytemuck::cast_slice(&map[..self.len * size_of::<T>()]))
     }
 
     pub(super) fn as_mut_slice(&mut self) -> &mut [T] {
@@ -88,28 +92,93 @@ impl Buffer {
 }
 
 /// A weight matrix [rows, cols], packed for `gemm.rs`: panels of [`PANEL`] rows, in each the columns one after another, as words of 32 bits.
-/// A word is an f32, or two bf16 of a row; what the last panel and the last word lack is zero.
+/// A word is an f32, or two bf16 of a row; the last word is filled with zero, the last panel with copies of the last row. A step is a word of
+/// each row of a panel. Where it pays, steps of bf16 are encoded (`twelve_bits.rs`).
 pub struct Matrix {
     pub(super) rows: usize,
     pub(super) cols: usize,
     /// The elements are bf16, else f32.
     pub(super) is_bf16: bool,
     /// Words of a row.
-    pub(super) steps: usize,
-    /// [panels, steps, PANEL]
+    steps: usize,
+    exponents: Exponents,
+    /// [panels, steps, STEP_BYTES], or nothing.
+    codes: Aligned<u8>,
+    /// The steps that are not encoded, those of each panel in order.
+    runs: Vec<Run>,
+    /// [panels + 1]: where each panel's runs begin.
+    first_runs: Vec<usize>,
+    /// [steps of all runs, PANEL]
     words: Aligned<u32>,
 }
 
 /// Rows of a panel.
 pub(super) const PANEL: usize = 32;
+/// Weights whose exponents are looked at before a matrix is encoded.
+const SAMPLE: usize = 1 << 15;
+/// A matrix is encoded if fewer than one of so many steps will have to be kept as they are.
+const MIN_STEPS_PER_RUN: usize = 16;
+
+/// Steps of a panel that are not encoded.
+#[derive(Clone, Copy)]
+pub(super) struct Run {
+    first: usize,
+    pub(super) len: usize,
+    /// Index of the first one among all such steps.
+    words: usize,
+}
+
+impl Run {
+    /// The first `len` steps of a panel, whose words are all that there are.
+    pub(super) fn all(len: usize) -> Self {
+        Self { first: 0, len, words: 0 }
+    }
+}
 
 /// Columns of y that are multiplied together: rows of W.
 #[derive(Clone, Copy)]
 pub(super) struct Panel<'a> {
-    /// [steps, PANEL]
-    pub(super) words: &'a [u32],
     /// At most [`PANEL`].
     pub(super) columns: usize,
+    pub(super) steps: usize,
+    pub(super) exponents: &'a Exponents,
+    codes: &'a [u8],
+    runs: &'a [Run],
+    words: &'a [u32],
+}
+
+impl<'a> Panel<'a> {
+    /// A panel of steps that are not encoded, [run.len, PANEL].
+    pub(super) fn plain(columns: usize, exponents: &'a Exponents, run: &'a Run, words: &'a [u32]) -> Self {
+        Self { columns, steps: run.len, exponents, codes: &[], runs: std::slice::from_ref(run), words }
+    }
+
+    pub(super) fn is_encoded(&self) -> bool {
+        !self.codes.is_empty()
+    }
+
+    /// Walks through the steps of a range in order, as pieces of encoded steps and words of others, either of which may be empty.
+    #[inline(always)]
+    pub(super) fn pieces(&self, range: Range<usize>) -> impl Iterator<Item = (&'a [u8], &'a [u32])> {
+        let Self { codes, runs, words, .. } = *self;
+        let first = runs.partition_point(|run| run.first + run.len <= range.start);
+        let mut at = range.start;
+        let mut next = first;
+        std::iter::from_fn(move || {
+            if at >= range.end {
+                return None;
+            }
+            let run = runs.get(next).filter(|run| run.first < range.end);
+            next += 1;
+            let (from, to) =
+                run.map_or((range.end, range.end), |run| (run.first.max(at), (run.first + run.len).min(range.end)));
+            let codes = &codes[(at * STEP_BYTES).min(codes.len())..][..(from - at) * STEP_BYTES];
+            let words =
+                run.map_or(&[][..], |run| &words[(run.words + from - run.first) * PANEL..][..(to - from) * PANEL]);
+            at = to;
+            Some((codes, words))
+        })
+    }
 }
 
 impl Matrix {
@@ -119,22 +188,66 @@ impl Matrix {
         assert!(tensor.blocks.iter().all(|block| block.cols == cols), "blocks of a matrix have the same columns");
         let is_bf16 = compute == ComputeType::Bf16 || tensor.blocks.iter().all(|block| block.dtype == Dtype::Bf16);
         let steps = if is_bf16 { cols.div_ceil(2) } else { cols };
-        let panel_len = steps * PANEL;
-        let mut words = Aligned::zeroed(rows.div_ceil(PANEL) * panel_len, "a weight matrix")?;
-        pool.for_chunks(words.as_mut_slice(), panel_len.max(1), rows * cols, |panel, words| {
-            let first = panel * PANEL;
-            let sources: Vec<RowSource> =
-                (first..rows.min(first + PANEL)).map(|row| RowSource::find(tensor, row)).collect();
-            isa.run(Pack { sources: &sources, is_bf16, steps, words });
-            for rows in sources.chunk_by(|a, b| std::ptr::eq(a.block, b.block)) {
-                let (block, first, last) = (rows[0].block, rows[0].row, rows[rows.len() - 1].row);
-                let (size, start) = (block.dtype.size(), block.offset);
-                block
-                    .storage
-                    .set_aside(start + first * block.stride * size..start + (last * block.stride + block.cols) * size);
+        let num_panels = rows.div_ceil(PANEL);
+        let (exponents, missing) = Exponents::choose(is_bf16.then(|| sample(tensor)).into_iter().flatten());
+        let mut matrix = Self {
+            rows,
+            cols,
+            is_bf16,
+            steps,
+            exponents,
+            codes: Aligned::empty(),
+            runs: Vec::new(),
+            first_runs: Vec::new(),
+            words: Aligned::empty(),
+        };
+        let pays = |others: f64| others * (MIN_STEPS_PER_RUN as f64) < 1.0;
+        if is_bf16 && pays(missing * (2 * PANEL) as f64) {
+            let others = matrix.encode(tensor, isa, pool)?;
+            if pays(others as f64 / (num_panels * steps).max(1) as f64) {
+                return Ok(matrix);
             }
+            matrix.codes = Aligned::empty();
+        }
+        let panel_len = steps * PANEL;
+        let mut words = Aligned::zeroed(num_panels * panel_len, "a weight matrix")?;
+        pool.for_chunks(words.as_mut_slice(), panel_len.max(1), rows * cols, |panel, words| {
+            let words = words.as_chunks_mut::<PANEL>().0;
+            pack_panel(tensor, panel, is_bf16, isa, |step, from| words[step].copy_from_slice(from));
         });
-        Ok(Self { rows, cols, is_bf16, steps, words })
+        matrix.words = words;
+        matrix.first_runs = (0..=num_panels).collect();
+        matrix.runs = (0..num_panels).map(|panel| Run { first: 0, len: steps, words: panel * steps }).collect();
+        Ok(matrix)
+    }
+
+    /// Encodes all steps that can be; returns the number of the others.
+    fn encode(&mut self, tensor: &Tensor, isa: Isa, pool: &Pool) -> Result<usize, BackendError> {
+        let (num_panels, panel_len) = (self.num_panels(), self.steps * STEP_BYTES);
+        let mut codes = Aligned::zeroed(num_panels * panel_len, "a weight matrix")?;
+        let others = Mutex::new(Vec::new());
+        let exponents = &self.exponents;
+        pool.for_chunks(codes.as_mut_slice(), panel_len.max(1), self.rows * self.cols, |panel, codes| {
+            let codes = codes.as_chunks_mut::<STEP_BYTES>().0;
+            let mut own = Vec::new();
+            pack_panel(tensor, panel, true, isa, |step, words| {
+                if !exponents.encode(words, &mut codes[step]) {
+                    own.push((panel, step, *words));
+                }
+            });
+            others.lock().unwrap_or_else(PoisonError::into_inner).append(&mut own);
+        });
+        let mut others = others.into_inner().unwrap_or_else(PoisonError::into_inner);
+        others.sort_unstable_by_key(|(panel, step, _)| (*panel, *step));
+        let mut words = Aligned::zeroed(others.len() * PANEL, "a weight matrix")?;
+        for (to, (_, _, from)) in words.as_mut_slice().as_chunks_mut::<PANEL>().0.iter_mut().zip(&others) {
+            *to = *from;
+        }
+        self.first_runs = (0..=num_panels).map(|panel| others.partition_point(|other| other.0 < panel)).collect();
+        self.runs =
+            others.iter().enumerate().map(|(words, (_, step, _))| Run { first: *step, len: 1, words }).collect();
+        (self.codes, self.words) = (codes, words);
+        Ok(others.len())
     }
 
     pub(super) fn num_panels(&self) -> usize {
@@ -142,24 +255,56 @@ impl Matrix {
     }
 
     pub(super) fn panel(&self, index: usize) -> Panel<'_> {
-        let len = self.steps * PANEL;
-        Panel { words: &self.words.as_slice()[index * len..][..len], columns: PANEL.min(self.rows - index * PANEL) }
+        let codes = self.codes.as_slice();
+        let len = if codes.is_empty() { 0 } else { self.steps * STEP_BYTES };
+        Panel {
+            columns: PANEL.min(self.rows - index * PANEL),
+            steps: self.steps,
+            exponents: &self.exponents,
+            codes: &codes[index * len..][..len],
+            runs: &self.runs[self.first_runs[index]..self.first_runs[index + 1]],
+            words: self.words.as_slice(),
+        }
     }
 
     /// Copies a row, widened.
     pub(super) fn widen_row(&self, row: usize, out: &mut [f32]) {
-        let words = self.panel(row / PANEL).words.iter().skip(row % PANEL).step_by(PANEL);
+        let (panel, row) = (self.panel(row / PANEL), row % PANEL);
+        let mut words = panel.pieces(0..panel.steps).flat_map(|(codes, words)| {
+            let codes = codes.as_chunks::<STEP_BYTES>().0.iter().map(move |step| panel.exponents.word(step, row));
+            codes.chain(words.iter().skip(row).step_by(PANEL).copied())
+        });
         if self.is_bf16 {
             for (out, word) in out.chunks_mut(2).zip(words) {
-                for (out, bits) in out.iter_mut().zip([*word as u16, (*word >> 16) as u16]) {
+                for (out, bits) in out.iter_mut().zip([word as u16, (word >> 16) as u16]) {
                     *out = widen_bf16(bits);
                 }
             }
         } else {
-            for (out, word) in out.iter_mut().zip(words) {
-                *out = f32::from_bits(*word);
-            }
+            out.fill_with(|| words.next().map_or(0.0, f32::from_bits));
         }
+    }
+}
+
+/// Some whole rows from all over a matrix, rounded to bf16.
+fn sample(tensor: &Tensor) -> impl Iterator<Item = u16> {
+    let (rows, cols) = (tensor.rows(), tensor.cols().max(1));
+    (0..rows).step_by(rows.div_ceil(SAMPLE.div_ceil(cols)).max(1)).flat_map(|row| {
+        let RowSource { block, row } = RowSource::find(tensor, row);
+        block.values(row).map(round_bf16)
+    })
+}
+
+/// Calls `op` with every step of a panel, and says that its bytes are no longer needed.
+fn pack_panel(tensor: &Tensor, panel: usize, is_bf16: bool, isa: Isa, op: impl FnMut(usize, &[u32; PANEL])) {
+    let last = tensor.rows() - 1;
+    let sources = std::array::from_fn(|i| RowSource::find(tensor, (panel * PANEL + i).min(last)));
+    let steps = if is_bf16 { tensor.cols().div_ceil(2) } else { tensor.cols() };
+    isa.run(Pack { sources: &sources, is_bf16, steps, op });
+    for rows in sources.chunk_by(|a, b| std::ptr::eq(a.block, b.block)) {
+        let (block, first, last) = (rows[0].block, rows[0].row, rows[rows.len() - 1].row);
+        let (size, start) = (block.dtype.size(), block.offset);
+        block.storage.set_aside(start + first * block.stride * size..start + (last * block.stride + block.cols) * size);
     }
 }
 
@@ -181,21 +326,18 @@ impl<'a> RowSource<'a> {
     }
 }
 
-/// Packs one panel.
-struct Pack<'a> {
-    /// At most [`PANEL`] rows.
-    sources: &'a [RowSource<'a>],
+/// Puts the words of each step of one panel together.
+struct Pack<'a, F> {
+    sources: &'a [RowSource<'a>; PANEL],
     is_bf16: bool,
     steps: usize,
-    /// [steps, PANEL], zeros
-    words: &'a mut [u32],
+    op: F,
 }
 
-impl Kernel for Pack<'_> {
+impl<F: FnMut(usize, &[u32; PANEL])> Kernel for Pack<'_, F> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { sources, is_bf16, steps, words } = self;
-        assert!(words.len() == steps * PANEL && sources.len() <= PANEL);
+        let Self { sources, is_bf16, steps, mut op } = self;
         // Rows that are there as they are needed, and copies of the others.
         let wanted = if is_bf16 { Dtype::Bf16 } else { Dtype::F32 };
         let converted: Vec<Vec<u8>> = sources
@@ -213,15 +355,16 @@ impl Kernel for Pack<'_> {
             .zip(&converted)
             .map(|(source, copy)| if copy.is_empty() { source.block.row(source.row) } else { copy })
             .collect();
-        for (half, rows) in rows.chunks(16).enumerate() {
-            for step in (0..steps).step_by(16) {
-                let to = &mut words[step * PANEL + 16 * half..];
+        let mut block = [[0_u32; PANEL]; 16];
+        for step in (0..steps).step_by(16) {
+            for (half, rows) in rows.chunks(16).enumerate() {
                 let mut square = [[0_u8; 64]; 16];
                 let mut from = [square[0].as_ptr().cast::<u32>(); 16];
-                if rows.len() == 16 && rows.iter().all(|row| (step + 16) * 4 <= row.len()) && (step + 16) <= steps {
+                if rows.iter().all(|row| (step + 16) * 4 <= row.len()) {
                     for (from, row) in from.iter_mut().zip(rows) {
                         *from = row[step * 4..][..64].as_ptr().cast();
                     }
+                    let to = &mut block.as_flattened_mut()[16 * half..];
                     assert!(15 * PANEL + 16 <= to.len());
                     // SAFETY: the CPU has S; 64 bytes can be read from every pointer, and the last word written is inside `to`.
                     unsafe { S::transpose(from, to.as_mut_ptr()) }
@@ -231,13 +374,15 @@ impl Kernel for Pack<'_> {
                         let len = rest.len().min(64);
                         square[..len].copy_from_slice(&rest[..len]);
                     }
-                    for i in 0..16.min(steps - step) {
-                        for (j, square) in square.iter().enumerate() {
-                            let word = square.as_chunks::<4>().0[i];
-                            to[i * PANEL + j] = u32::from_le_bytes(word);
+                    for (i, words) in block.iter_mut().enumerate() {
+                        for (word, square) in words[16 * half..].iter_mut().zip(&square) {
+                            *word = u32::from_le_bytes(square.as_chunks::<4>().0[i]);
                         }
                     }
                 }
+            }
+            for (i, words) in block.iter().enumerate().take(steps - step) {
+                op(step + i, words);
             }
         }
     }

@@ -15,6 +15,7 @@ mod simd;
 #[cfg(test)]
 mod tests;
 mod threads;
+mod twelve_bits;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -27,7 +28,7 @@ pub use self::matrix::{Buffer, Matrix};
 
 use self::attention::{Attention, Cache, Layout, Scratch};
 use self::elementwise::{Add, Append, LayerNorm, RopeTable, Round};
-use self::gemm::{Gemm, Output, ROW_BLOCK, sums_len};
+use self::gemm::{DECODED_LEN, Gemm, Output, ROW_BLOCK, sums_len};
 use self::matrix::{Aligned, PANEL};
 use self::product::{Bf16, Cached, F32, Product, Widened};
 use self::simd::Isa;
@@ -128,7 +129,7 @@ impl CpuBackend {
         self.pool.run(rows.div_ceil(ROW_BLOCK) * num_groups, rows * w.rows * cols, &|index| {
             let (first_row, first_panel) = (index / num_groups * ROW_BLOCK, index % num_groups * group);
             let rows = ROW_BLOCK.min(rows - first_row);
-            SUMS.with_borrow_mut(|sums| {
+            PRODUCT.with_borrow_mut(|(sums, decoded)| {
                 for panel in first_panel..num_panels.min(first_panel + group) {
                     isa.run(Gemm::<P> {
                         x: &operand[first_row * stride..],
@@ -141,6 +142,7 @@ impl CpuBackend {
                         first: first_row * out_stride + panel * PANEL,
                         out_stride,
                         sums: sums.at_least(sums_len(rows, chunks)),
+                        decoded: decoded.at_least(DECODED_LEN),
                     });
                 }
             });
@@ -213,8 +215,8 @@ impl CpuBackend {
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
-    /// Partial sums of products.
-    static SUMS: RefCell<Aligned<f32>> = const { RefCell::new(Aligned::empty()) };
+    /// Partial sums of products, and decoded weights.
+    static PRODUCT: RefCell<(Aligned<f32>, Aligned<u32>)> = const { RefCell::new((Aligned::empty(), Aligned::empty())) };
 }
 
 impl Backend for CpuBackend {

@@ -72,9 +72,11 @@ pub(super) trait Product: Send + Sync {
     const STEP: usize;
     type Weights<S: Simd>: Copy;
 
+    /// Of sixteen words.
+    ///
     /// # Safety
-    /// As [`Simd`], for 16 words.
-    unsafe fn load<S: Simd>(from: *const u32) -> Self::Weights<S>;
+    /// As [`Simd`].
+    unsafe fn weights<S: Simd>(words: S::Pairs) -> Self::Weights<S>;
     /// # Safety
     /// As [`Simd`]; `STEP` elements can be read from `x`.
     unsafe fn mul_add<S: Simd>(x: *const Self::X, w: Self::Weights<S>, sum: S::F32) -> S::F32;
@@ -89,9 +91,8 @@ impl Product for Bf16 {
     type Weights<S: Simd> = S::Pairs;
 
     #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const u32) -> S::Pairs {
-        // SAFETY: by this method's contract.
-        unsafe { S::load_pairs(from.cast()) }
+    unsafe fn weights<S: Simd>(words: S::Pairs) -> S::Pairs {
+        words
     }
 
     #[inline(always)]
@@ -110,9 +111,9 @@ impl Product for Widened {
     type Weights<S: Simd> = [S::F32; 2];
 
     #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const u32) -> [S::F32; 2] {
+    unsafe fn weights<S: Simd>(words: S::Pairs) -> [S::F32; 2] {
         // SAFETY: by this method's contract.
-        unsafe { S::widen_pairs(S::load_pairs(from.cast())) }
+        unsafe { S::widen_pairs(words) }
     }
 
     #[inline(always)]
@@ -131,9 +132,9 @@ impl Product for F32 {
     type Weights<S: Simd> = S::F32;
 
     #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const u32) -> S::F32 {
+    unsafe fn weights<S: Simd>(words: S::Pairs) -> S::F32 {
         // SAFETY: by this method's contract.
-        unsafe { S::load(from.cast()) }
+        unsafe { S::as_f32(words) }
     }
 
     #[inline(always)]

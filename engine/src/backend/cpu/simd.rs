@@ -6,6 +6,7 @@
 
 use half::f16;
 
+use super::twelve_bits::{self, STEP_BYTES};
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 
@@ -20,6 +21,8 @@ pub(super) trait Simd: Copy {
     type F32: Copy;
     /// 32 bf16; lane i holds elements 2i and 2i + 1.
     type Pairs: Copy;
+    /// Sixteen exponents, to be looked up.
+    type Exponents: Copy;
 
     unsafe fn splat(value: f32) -> Self::F32;
     unsafe fn load(from: *const f32) -> Self::F32;
@@ -33,6 +36,11 @@ pub(super) trait Simd: Copy {
     unsafe fn mul_add(a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
 
     unsafe fn load_pairs(from: *const u16) -> Self::Pairs;
+    /// The sixteen words as f32.
+    unsafe fn as_f32(pairs: Self::Pairs) -> Self::F32;
+    unsafe fn exponents(by_code: &[u16; 32]) -> Self::Exponents;
+    /// A half, 0 or 1, of the encoded step of a panel (`twelve_bits.rs`).
+    unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, exponents: Self::Exponents) -> Self::Pairs;
     /// The pair of bf16 at `from` in every lane.
     unsafe fn splat_pair(from: *const u16) -> Self::Pairs;
     /// The even elements and the odd ones, widened.
@@ -84,7 +92,9 @@ impl Isa {
         let mut available = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq");
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512bw");
             if avx512 && is_x86_feature_detected!("avx512bf16") {
                 available.push(Self::Avx512Bf16);
             }
@@ -124,6 +134,7 @@ impl Simd for Portable {
     const WIDE: bool = false;
     type F32 = [f32; 16];
     type Pairs = [u16; 32];
+    type Exponents = [u16; 32];
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> [f32; 16] {
@@ -167,6 +178,23 @@ impl Simd for Portable {
     unsafe fn load_pairs(from: *const u16) -> [u16; 32] {
         // SAFETY: valid for 32 elements.
         unsafe { from.cast::<[u16; 32]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn as_f32(pairs: [u16; 32]) -> [f32; 16] {
+        std::array::from_fn(|i| f32::from_bits(u32::from(pairs[2 * i]) | u32::from(pairs[2 * i + 1]) << 16))
+    }
+
+    #[inline(always)]
+    unsafe fn exponents(by_code: &[u16; 32]) -> [u16; 32] {
+        *by_code
+    }
+
+    #[inline(always)]
+    unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, exponents: [u16; 32]) -> [u16; 32] {
+        // SAFETY: valid for a step.
+        let step = unsafe { &*step };
+        std::array::from_fn(|i| twelve_bits::decode(step, half, i, &exponents))
     }
 
     #[inline(always)]

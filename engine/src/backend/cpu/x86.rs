@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::simd::{Kernel, Simd};
+use super::twelve_bits::{SIGN_AND_MANTISSA, STEP_BYTES};
 
 /// AVX-512 with the bf16 dot product.
 #[derive(Clone, Copy)]
@@ -44,6 +45,7 @@ macro_rules! avx512_lanes {
         const WIDE: bool = true;
         type F32 = __m512;
         type Pairs = __m512i;
+        type Exponents = __m512i;
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> __m512 {
@@ -94,6 +96,33 @@ macro_rules! avx512_lanes {
         }
 
         #[inline(always)]
+        unsafe fn as_f32(pairs: __m512i) -> __m512 {
+            // SAFETY: as above.
+            unsafe { _mm512_castsi512_ps(pairs) }
+        }
+
+        #[inline(always)]
+        unsafe fn exponents(by_code: &[u16; 32]) -> __m512i {
+            // SAFETY: as above.
+            unsafe { _mm512_loadu_si512(by_code.as_ptr().cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, exponents: __m512i) -> __m512i {
+            // SAFETY: as above; 32 bytes each lie inside the step. The look-up heeds five bits of a code, the exponents are there twice, and the
+            // sign, which goes to the upper byte, is cleared but for its place.
+            unsafe {
+                let from = step.cast::<u8>();
+                let signs = _mm512_cvtepi8_epi16(_mm256_loadu_si256(from.add(32 * half).cast()));
+                let codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(from.add(64).cast()));
+                let codes = if half == 0 { codes } else { _mm512_srli_epi16::<4>(codes) };
+                let exponents = _mm512_permutexvar_epi16(codes, exponents);
+                // (a & b) | c
+                _mm512_ternarylogic_epi32::<0xea>(signs, _mm512_set1_epi16(SIGN_AND_MANTISSA as i16), exponents)
+            }
+        }
+
+        #[inline(always)]
         unsafe fn splat_pair(from: *const u16) -> __m512i {
             // SAFETY: as above; valid for two elements.
             unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
@@ -133,7 +162,7 @@ impl Simd for Avx512Bf16 {
         }
     }
 
-    call!("avx512f,avx512dq,avx512bf16");
+    call!("avx512f,avx512bw,avx512dq,avx512bf16");
 }
 
 impl Simd for Avx512 {
@@ -157,13 +186,14 @@ impl Simd for Avx512 {
         }
     }
 
-    call!("avx512f,avx512dq");
+    call!("avx512f,avx512bw,avx512dq");
 }
 
 impl Simd for Avx2 {
     const WIDE: bool = false;
     type F32 = [__m256; 2];
     type Pairs = [__m256i; 2];
+    type Exponents = __m256i;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> [__m256; 2] {
@@ -214,6 +244,38 @@ impl Simd for Avx2 {
     unsafe fn load_pairs(from: *const u16) -> [__m256i; 2] {
         // SAFETY: as above; valid for 32 elements, 64 bytes.
         unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(16).cast())] }
+    }
+
+    #[inline(always)]
+    unsafe fn as_f32(pairs: [__m256i; 2]) -> [__m256; 2] {
+        // SAFETY: as above.
+        unsafe { pairs.map(|pairs| _mm256_castsi256_ps(pairs)) }
+    }
+
+    /// As bytes, in each half of the register.
+    #[inline(always)]
+    unsafe fn exponents(by_code: &[u16; 32]) -> __m256i {
+        let bytes = by_code.first_chunk::<16>().map_or([0; 16], |half| half.map(|exponent| (exponent >> 7) as u8));
+        // SAFETY: as above.
+        unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, exponents: __m256i) -> [__m256i; 2] {
+        // SAFETY: as above; 16 bytes each lie inside the step. An index with its highest bit set is looked up as zero.
+        unsafe {
+            [0, 16].map(|at| {
+                let from = step.cast::<u8>().add(at);
+                let signs = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.add(32 * half).cast()));
+                let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(from.add(64).cast()));
+                let codes = if half == 0 { codes } else { _mm256_srli_epi16::<4>(codes) };
+                let codes = _mm256_and_si256(codes, _mm256_set1_epi16(0x000f));
+                let exponents =
+                    _mm256_shuffle_epi8(exponents, _mm256_or_si256(codes, _mm256_set1_epi16(0x8000_u16 as i16)));
+                let signs = _mm256_and_si256(signs, _mm256_set1_epi16(SIGN_AND_MANTISSA as i16));
+                _mm256_or_si256(signs, _mm256_slli_epi16::<7>(exponents))
+            })
+        }
     }
 
     #[inline(always)]
