@@ -22,7 +22,8 @@ pub(crate) struct Event {
     pub(crate) host: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) phase: Option<RunPhase>,
-    /// `started`, `joined`, `phase`, `loaded`, `ready`, `signal`, `note`, `warning`, `recovered`, `fault`, `handed_on` (the attempt ended and the run did not), `ended`.
+    /// `started`, `joined`, `phase`, `loading` (each tenth of all weights), `loaded`, `ready`, `signal`, `note`, `warning`, `recovered`, `fault`,
+    /// `handed_on` (the attempt ended and the run did not), `ended`.
     pub(crate) kind: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) text: Option<String>,

@@ -278,19 +278,19 @@ impl Status {
     pub(crate) fn loading(&self) -> Option<String> {
         let sum = |of: fn(&Load) -> u64| self.ranks.iter().map(|rank| of(&rank.load)).sum::<u64>() as f64;
         let (read, total) = (sum(|load| load.bytes_read), sum(|load| load.bytes_total));
-        let share = |rank: &RankStatus| rank.load.bytes_read as f64 / rank.load.bytes_total.max(1) as f64;
-        let slowest = self.ranks.iter().min_by(|a, b| share(a).total_cmp(&share(b)))?;
-        let seconds = self.ranks.iter().map(|rank| rank.load.seconds).fold(0.0, f64::max);
+        let seconds = self.ranks.iter().map(|rank| rank.load.read_seconds).fold(0.0, f64::max);
         if total == 0.0 || seconds == 0.0 {
             return None;
         }
-        let rate = read / seconds;
-        let mut text = format!("{:.1}/{:.1} GB, {:.2} GB/s", read / 1e9, total / 1e9, rate / 1e9);
-        if read < total && rate > 0.0 {
-            text += &format!(", {:.0} s left", (total - read) / rate);
+        let mut text = format!("{:.1}/{:.1} GB, {:.2} GB/s", read / 1e9, total / 1e9, read / 1e9 / seconds);
+        let loading = self.ranks.iter().filter(|rank| rank.phase == Some(Phase::Loading));
+        let slowest = loading.min_by(|a, b| a.progress.total_cmp(&b.progress))?;
+        if slowest.progress > 0.0 {
+            let left = slowest.load.seconds * (1.0 - slowest.progress) / slowest.progress;
+            text += &format!(", {left:.0} s left");
         }
-        if self.ranks.len() > 1 && read < total {
-            text += &format!(", rank {} is slowest at {:.0} %", slowest.rank, share(slowest) * 100.0);
+        if self.ranks.len() > 1 {
+            text += &format!(", rank {} is slowest at {:.0} %", slowest.rank, slowest.progress * 100.0);
         }
         Some(text)
     }

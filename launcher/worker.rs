@@ -170,6 +170,8 @@ impl Post {
                     _ = self.beat(link).and_then(|()| link.send(&Up::End(end)));
                     return;
                 }
+                // With the last word on the phase that is over.
+                Ok(message @ Up::Phase { .. }) => self.beat(link).and_then(|()| link.send(&message)),
                 Ok(message) => link.send(&message),
                 Err(RecvTimeoutError::Timeout) => {
                     next_beat = Instant::now() + HEARTBEAT;

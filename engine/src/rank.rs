@@ -1,8 +1,8 @@
 //! One rank, from its specification to a running part of the engine.
 
 use std::net::TcpStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::backend::cpu::CpuBackend;
@@ -175,13 +175,19 @@ fn while_reading<T>(
     const TICK: Duration = Duration::from_millis(20);
     let (start, bytes_total) = (Instant::now(), plan.num_bytes());
     let (read, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let read_seconds = OnceLock::new();
     let report = |loaded: f64| {
-        let bytes_read = read.load(Ordering::Relaxed);
-        reporter.load(Load { bytes_read, bytes_total, seconds: start.elapsed().as_secs_f64() });
+        let (bytes_read, seconds) = (read.load(Ordering::Relaxed), start.elapsed().as_secs_f64());
+        let read_seconds = read_seconds.get().copied().unwrap_or(seconds);
+        reporter.load(Load { bytes_read, bytes_total, read_seconds, seconds });
         reporter.progress(loaded.min(bytes_read as f64 / bytes_total.max(1) as f64));
     };
     std::thread::scope(|scope| {
-        let reading = scope.spawn(|| plan.read(manifest, &read, &stop));
+        let reading = scope.spawn(|| {
+            let outcome = plan.read(manifest, &|_| (), &read, &stop);
+            _ = read_seconds.set(start.elapsed().as_secs_f64());
+            outcome
+        });
         let loaded = load(&report);
         stop.store(loaded.is_err(), Ordering::Relaxed);
         while !reading.is_finished() {

@@ -14,11 +14,14 @@ pub enum Phase {
     Done,
 }
 
-/// How far a rank is with reading its weights.
+/// How far a rank is with its weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct Load {
     pub bytes_read: u64,
     pub bytes_total: u64,
+    /// Until all was read, or until now. Weights are put in place while others are read, and that may take longer.
+    pub read_seconds: f64,
     /// Since it began.
     pub seconds: f64,
 }

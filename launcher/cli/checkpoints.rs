@@ -18,7 +18,7 @@ pub struct InspectArgs {
     /// With --verify: write the manifest, with which every later load is compared
     #[arg(long, requires = "verify")]
     pub write_manifest: bool,
-    /// Read what the ranks of the profile read, all at the same time, and say how fast
+    /// Read what the ranks of the profile read, all at the same time, and say how fast: each byte is copied, as `dd` would
     #[arg(long)]
     pub read: bool,
     /// Print one JSON object on stdout

@@ -191,11 +191,11 @@ fn reading_plan(checkpoint: &dyn CheckpointSource, args: &InspectArgs) -> Outcom
     Ok(Some(PlanInfo { profile: profile.to_owned(), mesh, bytes, ranks: ranks.collect(), gb_s }))
 }
 
-/// All ranks read at the same time; seconds of each.
+/// All ranks read at the same time, and copy what they read as `dd` does; seconds of each.
 fn read(plans: &[ReadingPlan]) -> Result<Vec<f64>, CheckpointError> {
     let start = Instant::now();
     let read = |plan: &ReadingPlan| {
-        plan.read(None, &AtomicU64::new(0), &AtomicBool::new(false))?;
+        plan.read(None, &copy, &AtomicU64::new(0), &AtomicBool::new(false))?;
         Ok(start.elapsed().as_secs_f64())
     };
     std::thread::scope(|scope| {
@@ -205,6 +205,15 @@ fn read(plans: &[ReadingPlan]) -> Result<Vec<f64>, CheckpointError> {
         };
         ranks.into_iter().map(join).collect()
     })
+}
+
+fn copy(bytes: &[u8]) {
+    const LEN: usize = 64 << 10;
+    let mut buffer = [0; LEN];
+    for bytes in bytes.chunks(LEN) {
+        buffer[..bytes.len()].copy_from_slice(bytes);
+        std::hint::black_box(&buffer);
+    }
 }
 
 type Hashes = BTreeMap<String, FileHashes>;

@@ -252,10 +252,12 @@ impl<'a> Supervisor<'a> {
                 let before = member.status.phase.replace(phase);
                 member.status.progress = 0.0;
                 let host = member.status.process.as_ref().map_or("", |process| &process.host);
-                let Load { bytes_read, seconds, .. } = member.status.load;
-                if before == Some(Phase::Loading) && seconds > 0.0 {
-                    let rate = bytes_read as f64 / 1e9 / seconds;
-                    let text = format!("{bytes_read} bytes in {seconds:.3} s, {rate:.2} GB/s");
+                let Load { bytes_read, read_seconds, seconds, .. } = member.status.load;
+                if before == Some(Phase::Loading) && read_seconds > 0.0 {
+                    let rate = bytes_read as f64 / 1e9 / read_seconds;
+                    let text = format!(
+                        "{bytes_read} bytes read in {read_seconds:.3} s, {rate:.2} GB/s; in place after {seconds:.3} s"
+                    );
                     self.record.event(Event::new("loaded").rank(rank, host).text(text));
                 }
                 self.record.event(Event::new("phase").rank(rank, host).phase(phase.into()));

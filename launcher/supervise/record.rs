@@ -39,6 +39,8 @@ pub(super) struct Record<'a> {
     written: Instant,
     /// `status.json` shall be written soon.
     pub(super) changed: bool,
+    /// Tenths of the weights that the journal knows of.
+    loaded: u32,
 }
 
 impl<'a> Record<'a> {
@@ -63,6 +65,7 @@ impl<'a> Record<'a> {
             phase_deadline: None,
             written: start,
             changed: true,
+            loaded: 0,
         })
     }
 
@@ -128,6 +131,11 @@ impl<'a> Record<'a> {
             return;
         }
         self.status.ranks = members.iter().map(|member| member.status.clone()).collect();
+        let tenths = (self.status.progress() * 10.0) as u32;
+        if let Some(text) = self.status.loading().filter(|_| tenths > self.loaded) {
+            self.loaded = tenths;
+            self.event(Event::new("loading").text(text));
+        }
         self.write_status();
     }
 

@@ -58,6 +58,20 @@ fn fake_rank() {
         ("bad checkpoint", 1) => end(Exit::Checkpoint, "no tensor named x"),
         ("crashes", 1) => std::process::exit(101),
         ("slow", 1) => sleep(Duration::from_secs(60)),
+        ("loads", _) => {
+            for tenth in 1..=10 {
+                let load = Load {
+                    bytes_read: tenth * 100_000_000,
+                    bytes_total: 1_000_000_000,
+                    read_seconds: tenth as f64,
+                    seconds: tenth as f64,
+                };
+                // Rank 1 is half as far.
+                let progress = tenth as f64 / if rank == 1 { 20.0 } else { 10.0 };
+                say(Up::Heartbeat { progress, steps: 0, load });
+                sleep(Duration::from_millis(150));
+            }
+        }
         _ => {}
     }
     say(Up::Phase { phase: Phase::Ready });
@@ -169,6 +183,18 @@ fn a_drained_server_has_succeeded() {
         assert_eq!(phases[phases.len() - 2..], ["READY", "DRAINING"]);
         assert!(fs::read_to_string(ended.run_dir.rank_log(0, 1)).unwrap().contains("rank 1 plays works"));
     }
+}
+
+#[test]
+fn the_journal_tells_how_loading_goes() {
+    let ended = run("loads", &[Signal::SIGTERM]);
+    let events = fs::read_to_string(ended.run_dir.events_file()).unwrap();
+    let of =
+        |kind: &str| events.lines().filter(|line| line.contains(&format!(r#""kind":"{kind}""#))).collect::<Vec<_>>();
+    let (loading, loaded) = (of("loading"), of("loaded"));
+    assert!((1..=10).contains(&loading.len()), "{events}");
+    assert!(loading[0].contains("GB/s") && loading[0].contains(" s left, rank 1 is slowest at "), "{events}");
+    assert!(loaded.len() == 2 && loaded[0].contains("1000000000 bytes read in 10.000 s, 0.10 GB/s"), "{events}");
 }
 
 #[test]

@@ -59,14 +59,15 @@ impl ReadingPlan {
         self.extents.chunk_by(|a, b| Arc::ptr_eq(&a.file, &b.file)).count()
     }
 
-    /// Reads everything; with a manifest, every block of a file that has some of it is compared. `done` counts bytes, and `stop` ends it
-    /// early.
+    /// Reads everything and shows it to `take`, piece by piece, from several threads; with a manifest, every block of a file that has some of
+    /// it is compared. `done` counts bytes, and `stop` ends it early.
     ///
     /// # Errors
     /// A file cannot be read, or is not what the manifest says.
     pub fn read(
         &self,
         manifest: Option<&Manifest>,
+        take: &(dyn Fn(&[u8]) + Sync),
         done: &AtomicU64,
         stop: &AtomicBool,
     ) -> Result<(), CheckpointError> {
@@ -86,6 +87,7 @@ impl ReadingPlan {
                 let storage = file.storage()?;
                 populate(&storage.bytes()[bytes.clone()])
                     .map_err(|source| CheckpointError::Io { path: file.path().to_owned(), source })?;
+                take(&storage.bytes()[bytes.clone()]);
                 if let Some(manifest) = manifest {
                     manifest.check_block(file.path(), storage.bytes(), bytes.start / BLOCK_BYTES)?;
                 }
@@ -198,7 +200,7 @@ mod tests {
                 assert_eq!(plans.iter().map(ReadingPlan::num_bytes).sum::<u64>(), all, "{name} tp {tp} pp {pp}");
                 for plan in plans {
                     let done = AtomicU64::new(0);
-                    plan.read(None, &done, &AtomicBool::new(false)).unwrap();
+                    plan.read(None, &|_| (), &done, &AtomicBool::new(false)).unwrap();
                     assert_eq!(done.into_inner(), plan.num_bytes());
                 }
             }

@@ -15,31 +15,46 @@ use nemotron_engine::rank::{Limits, ModelSource};
 #[expect(dead_code, reason = "shared with the tests of the engine")]
 mod support;
 
+mod forge;
 mod mutations;
+
+use mutations::Random;
 
 struct Counting;
 
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 /// Bytes of the largest allocation.
 static LARGEST: AtomicU64 = AtomicU64::new(0);
+/// Bytes that are allocated now, and the most that were since it was set.
+static LIVE: AtomicU64 = AtomicU64::new(0);
+static PEAK: AtomicU64 = AtomicU64::new(0);
+
+fn count(freed: usize, allocated: usize) {
+    if allocated > 0 {
+        ALLOCATIONS.fetch_add(1, Relaxed);
+        LARGEST.fetch_max(allocated as u64, Relaxed);
+    }
+    let change = (allocated as u64).wrapping_sub(freed as u64);
+    let live = LIVE.fetch_add(change, Relaxed).wrapping_add(change);
+    PEAK.fetch_max(live, Relaxed);
+}
 
 // SAFETY: every call goes to the system's allocator as it came.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Relaxed);
-        LARGEST.fetch_max(layout.size() as u64, Relaxed);
+        count(0, layout.size());
         // SAFETY: the caller's promise about `layout` is passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        count(layout.size(), 0);
         // SAFETY: `pointer` came from `System`, as all pointers of this allocator do.
         unsafe { System.dealloc(pointer, layout) }
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Relaxed);
-        LARGEST.fetch_max(size as u64, Relaxed);
+        count(layout.size(), size);
         // SAFETY: as above.
         unsafe { System.realloc(pointer, layout, size) }
     }
