@@ -15,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -44,6 +45,17 @@ long told(const char* name, long otherwise) {
     return text && !std::strncmp(text, name, length) && text[length] == '=' ? std::atol(text + length + 1) : otherwise;
 }
 
+// A process that ends before its groups are aborted leaves no memory behind.
+void unlink_at_exit(const std::string& name) {
+    static struct Names {
+        std::mutex lock;
+        std::vector<std::string> all;
+        ~Names() { for (const auto& name : all) shm_unlink(name.c_str()); }
+    } names;
+    const std::lock_guard guard(names.lock);
+    names.all.push_back(name);
+}
+
 struct Comm {
     std::string name;
     int rank, ranks, rounds = 0;
@@ -54,6 +66,7 @@ struct Comm {
 
     Comm(std::string name_, int rank_, int ranks_) : name(std::move(name_)), rank(rank_), ranks(ranks_) {
         const int file = shm_open(name.c_str(), O_RDWR | O_CREAT, 0600);
+        unlink_at_exit(name);
         if (file < 0 || ftruncate(file, sizeof(Shared))) return;
         void* map = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
         close(file);

@@ -61,6 +61,8 @@ struct Config {
     max_ctas: c_int,
     net_name: *const c_char,
     split_share: c_int,
+    /// Padding in older versions.
+    traffic_class: c_int,
 }
 
 functions! {
@@ -159,6 +161,7 @@ impl Group {
             max_ctas: UNSET,
             net_name: ptr::null(),
             split_share: UNSET,
+            traffic_class: UNSET,
         };
         let mut comm = ptr::null_mut();
         // SAFETY: the pointers are to live values of the types that the function wants.
@@ -263,8 +266,15 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // SAFETY: used no more. Unlike destroying it, this never waits for other ranks.
-        unsafe { (self.nccl.functions.abort)(self.comm) };
+        // Unlike destroying it, this does not wait for other ranks; but for graphs that refer to the group, which go later, and when it gives
+        // memory back for the kernels of other groups, which their own aborts end. So nobody waits for it.
+        let (nccl, comm) = (Arc::clone(&self.nccl), self.comm.expose_provenance());
+        let abort = move || {
+            // SAFETY: used no more.
+            unsafe { (nccl.functions.abort)(ptr::with_exposed_provenance_mut(comm)) };
+        };
+        // Without a thread it stays until the process ends.
+        _ = std::thread::Builder::new().name("NCCL abort".into()).spawn(abort);
     }
 }
 
