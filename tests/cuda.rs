@@ -324,7 +324,25 @@ fn gpu_check_runs_from_the_packed_folder_alone() {
     for step in ["doctor", "kernels", "golden", "rank"] {
         assert_eq!(report["steps"][step]["state"], "ok", "{report}");
     }
+    assert!(
+        stdout.contains("passed     golden log-probabilities") && stdout.contains("not judged decode 4"),
+        "{stdout}"
+    );
+
+    // A limit that is missed fails its step.
+    let script = pack.join("gpu_kernels.py");
+    let strict = fs::read_to_string(&script)
+        .unwrap()
+        .replace("BF16_LIMIT, F32_LIMIT = 1e-2, 1e-5", "BF16_LIMIT, F32_LIMIT = 1e-9, 1e-5");
+    fs::write(&script, strict).unwrap();
+    let mut step = Command::new(python_with_numpy());
+    step.arg(pack.join("gpu_check.py")).args([&pack, &out]).arg("kernels");
+    finish(step.env("LD_LIBRARY_PATH", libraries()).env("CUDA_STANDIN", "memory=1000"));
+    let step: Value = serde_json::from_slice(&fs::read(out.join("step-kernels.json")).unwrap()).unwrap();
+    assert_eq!((&step["state"], &step["reason"]), (&"FAILED".into(), &"a limit is missed".into()), "{step}");
+
     let rank = &report["steps"]["rank"];
+    assert_eq!(rank["nccl"]["version"], "2.24.3", "{rank}");
     assert!(
         rank["decode"]["4"]["ms"].as_f64().unwrap() > 0.0 && rank["prefill"]["32"]["share"].as_f64().unwrap() > 0.0
     );

@@ -31,7 +31,6 @@ struct bf16 {
 static constexpr u32 ALL_LANES = 0xffffffffu;
 
 DEVICE float infinity() { return __uint_as_float(0x7f800000u); }
-DEVICE float widen(bf16 v) { return __uint_as_float(static_cast<u32>(v.bits) << 16); }
 DEVICE u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
 
 #ifdef __CUDACC_RTC__

@@ -20,7 +20,6 @@
 #undef threadIdx
 #undef blockIdx
 #undef blockDim
-#undef gridDim
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

@@ -104,14 +104,9 @@ inline float half(u32 word, int which) {
 #define threadIdx (emulation::current->thread)
 #define blockIdx (emulation::current->block)
 #define blockDim (emulation::current->block_size)
-#define gridDim (emulation::current->grid)
 
-#define __restrict__ __restrict
 #define __syncthreads() emulation::barrier(HERE)
-#define __syncwarp() ((void)emulation::ballot(0xffffffffu, false, HERE))
 #define __ballot_sync(mask, vote) emulation::ballot(mask, (vote) != 0, HERE)
-#define __all_sync(mask, vote) (emulation::ballot(mask, (vote) == 0, HERE) == 0)
-#define __any_sync(mask, vote) (emulation::ballot(mask, (vote) != 0, HERE) != 0)
 #define __shfl_sync(mask, v, from) emulation::shuffle(mask, v, from, HERE)
 #define __shfl_xor_sync(mask, v, bits) emulation::shuffle(mask, v, emulation::lane() ^ (bits), HERE)
 #define __shfl_up_sync(mask, v, by) \
@@ -130,8 +125,6 @@ inline u64 __double2ull_rn(double v) { return static_cast<u64>(std::nearbyint(v)
 inline u64 __double2ull_rz(double v) { return static_cast<u64>(v); }
 // A fiber is not interrupted between its barriers.
 template <class T> T atomicAdd(T* to, T v) { const T old = *to; *to = old + v; return old; }
-template <class T> T atomicMax(T* to, T v) { const T old = *to; if (v > old) *to = v; return old; }
-template <class T> T atomicMin(T* to, T v) { const T old = *to; if (v < old) *to = v; return old; }
 
 inline u32 emulated_bf16(float v) {
     const u32 bits = __float_as_uint(v);
