@@ -112,6 +112,7 @@ pub(crate) fn whole(spec: &RunSpec, parts: Vec<Status>) -> Status {
         rows_done: (a.rows_done + b.rows_done).min(a.rows_total.max(b.rows_total)),
         rows_failed: a.rows_failed + b.rows_failed,
         rows_kept: a.rows_kept + b.rows_kept,
+        paused: a.paused || b.paused,
         prompt_tokens: a.prompt_tokens + b.prompt_tokens,
         completion_tokens: a.completion_tokens + b.completion_tokens,
     });

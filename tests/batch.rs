@@ -10,11 +10,11 @@ use tempfile::TempDir;
 use super::support::nemotron;
 
 /// A folder with a job file.
-struct JobDir(TempDir);
+pub(super) struct JobDir(TempDir);
 
 impl JobDir {
     /// `tables` follow the input `in.jsonl` with these lines and the output `out.jsonl`.
-    fn new(input: &[Value], tables: &str) -> Self {
+    pub(super) fn new(input: &[Value], tables: &str) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let lines: String = input.iter().map(|row| format!("{row}\n")).collect();
         fs::write(dir.path().join("in.jsonl"), lines).expect("written");
@@ -23,12 +23,12 @@ impl JobDir {
         Self(dir)
     }
 
-    fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         self.0.path()
     }
 
     /// The exit code and what stderr says.
-    fn run(&self) -> (i32, String) {
+    pub(super) fn run(&self) -> (i32, String) {
         let output = Command::new(env!("CARGO_BIN_EXE_nemotron"))
             .args(["batch", "--job"])
             .arg(self.path().join("job.toml"))
@@ -40,7 +40,7 @@ impl JobDir {
         (output.status.code().expect("an exit code"), String::from_utf8_lossy(&output.stderr).into_owned())
     }
 
-    fn output(&self) -> Vec<Value> {
+    pub(super) fn output(&self) -> Vec<Value> {
         let text = fs::read_to_string(self.path().join("out.jsonl")).expect("an output");
         text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
@@ -141,7 +141,7 @@ fn an_output_that_cannot_be_written_is_said_at_once() {
 }
 
 /// Runs with other names for input and output.
-fn renamed(dir: &JobDir, input: &str, output: &str) {
+pub(super) fn renamed(dir: &JobDir, input: &str, output: &str) {
     let job = fs::read_to_string(dir.path().join("job.toml")).expect("a job");
     let job = job.replace("in.jsonl", input).replace("out.jsonl", output);
     fs::write(dir.path().join("job.toml"), job).expect("written");

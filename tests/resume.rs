@@ -166,6 +166,9 @@ fn a_stopped_job_is_resumed_and_what_is_done_is_kept() {
     let said = job.expect(0, &["results", "r", "verify"]);
     assert!(said.contains("120 of 120"), "{said}");
     assert!(job.expect(2, &["resume", "r"]).contains("run r is done"));
+    let metrics = job.expect(0, &["status", "r", "--metrics"]);
+    let rows = "nemotron_job_rows{run=\"r\",state=\"done\"} 120\nnemotron_job_rows{run=\"r\",state=\"failed\"} 0\n";
+    assert!(metrics.contains(rows) && metrics.contains("# TYPE nemotron_job_eta_seconds gauge"), "{metrics}");
 
     let mut output = job.output();
     output[10] ^= 1;
@@ -211,6 +214,35 @@ fn a_changed_input_is_refused_unless_it_is_meant() {
     fs::write(fresh.path().join("in.jsonl"), changed).unwrap();
     fresh.expect(0, &["batch", "--job", "job.toml"]);
     assert!(job.output() == fresh.output());
+}
+
+#[test]
+fn rows_of_an_earlier_input_leave_the_journal() {
+    let job = Job::new(0, 4);
+    let input = |word: &str| {
+        let row = |row| format!("{{\"id\":{row},\"prompt\":\"{word} {row}.\",\"pad\":\"{}\"}}\n", word.repeat(4000));
+        fs::write(job.path().join("in.jsonl"), (0..80).map(row).collect::<String>()).unwrap();
+    };
+    input("Sing of");
+    job.expect(0, &Job::launch(&[]));
+    // As if the supervisor had been killed before it could say that the run is done.
+    let unfinish = || {
+        fs::remove_file(job.path().join("out.jsonl")).unwrap();
+        fs::remove_file(job.path().join("runs/r/status.json")).unwrap();
+    };
+    let size = |attempt| fs::metadata(job.journal(attempt)).unwrap().len();
+    unfinish();
+    let before = size(0);
+    assert!(before > 80 * 4000);
+    job.expect(0, &["resume", "r"]);
+    assert_eq!(size(0), before, "nothing was superseded");
+    unfinish();
+    input("Weep for");
+    job.expect(2, &["resume", "r"]);
+    assert_eq!(size(0), before, "a change that is not meant costs nothing");
+    job.expect(0, &["resume", "r", "--allow-changed"]);
+    assert!(size(0) < 4000, "{}", size(0));
+    job.expect(0, &["results", "r", "verify"]);
 }
 
 #[test]
@@ -260,49 +292,6 @@ fn a_job_ends_before_its_deadline_and_its_successors_finish_it() {
     }
     assert_eq!(code, 0);
     assert!(job.output() == expected);
-}
-
-/// A small file system of its own; `None` where mounting is not allowed.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(path: PathBuf, size: &str) -> Option<Self> {
-        fs::create_dir_all(&path).unwrap();
-        let option = format!("size={size}");
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &option, "tmpfs"]).arg(&path).output();
-        mounted.is_ok_and(|output| output.status.success()).then_some(Self(path))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        _ = Command::new("umount").arg("-l").arg(&self.0).output();
-    }
-}
-
-#[test]
-fn a_full_disk_is_borne_then_given_up_and_resumed() {
-    let job = Job::new(600, 40);
-    let Some(disk) = SmallDisk::mount(job.path().join("runs"), "512k") else {
-        eprintln!("skipped: a file system cannot be mounted here");
-        return;
-    };
-    let ballast = disk.0.join("ballast");
-    let launch = Job::launch(&["--set", "deadlines.storage=1s"]);
-    let launcher = job.command(&launch).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    job.wait_for_rows(1);
-    // To the last byte; what is written before the disk is full stays.
-    _ = fs::write(&ballast, vec![0; 512 << 10]);
-    let output = launcher.wait_with_output().unwrap();
-    let (code, said) = (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned());
-    assert_eq!(code, 32, "{said}");
-    assert!(said.contains("No space left") && said.contains("nemotron resume r"), "{said}");
-    assert!(!job.path().join("out.jsonl").exists());
-    fs::remove_file(ballast).unwrap();
-    let report: Value = serde_json::from_str(&job.run(&["resume", "r", "--json"]).1).unwrap();
-    assert!((1..600).contains(&report["rows"]["rows_kept"].as_u64().unwrap()), "{report}");
-    job.expect(0, &["results", "r", "verify"]);
-    assert!(job.output() == undisturbed(600, 40));
 }
 
 #[test]

@@ -33,11 +33,12 @@ impl Message {
     /// Says which key is missing or wrong.
     pub fn of_row(row: &serde_json::Map<String, serde_json::Value>) -> Result<Vec<Self>, String> {
         let text = |key: &str| match row.get(key) {
-            None => Ok(None),
+            // In a table each row has each column.
+            None | Some(serde_json::Value::Null) => Ok(None),
             Some(serde_json::Value::String(text)) => Ok(Some(text.clone())),
             Some(_) => Err(format!("`{key}` must be a string")),
         };
-        let mut messages = match (text("prompt")?, row.get("messages")) {
+        let mut messages = match (text("prompt")?, row.get("messages").filter(|messages| !messages.is_null())) {
             (Some(content), None) => vec![Self { role: Role::User, content }],
             (None, Some(messages)) => serde_json::from_value(messages.clone()).map_err(|error| {
                 format!("`messages` must be a list of objects with a `role` and a `content`: {error}")

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use std::time::Instant;
 
 use super::*;
+use crate::support::python::environment;
 use crate::support::root;
 
 /// A Python with `openai`, `requests` and `schemathesis`.
@@ -14,23 +15,6 @@ fn python() -> Option<&'static Path> {
     static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();
     let packages = ["openai~=3.54", "requests", "schemathesis~=4.32"];
     PYTHON.get_or_init(|| environment("python", "openai, requests, schemathesis", &packages)).as_deref()
-}
-
-/// The Python of an environment in `target/` that has `packages`, made if it cannot import `modules` yet.
-pub(super) fn environment(name: &str, modules: &str, packages: &[&str]) -> Option<PathBuf> {
-    let home = root().join("target").join(name);
-    let python = home.join("bin/python");
-    let run = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
-    let usable = || run(Command::new(&python).args(["-c", &format!("import {modules}")]));
-    let make = || {
-        run(Command::new("timeout").args(["120", "python3", "-m", "venv"]).arg(&home))
-            && run(Command::new("timeout").arg("120").arg(&python).args(["-m", "pip", "install", "-q"]).args(packages))
-    };
-    let made = usable() || make() && usable();
-    if !made {
-        println!("skipped: no Python with {modules}, and it cannot be made");
-    }
-    made.then_some(python)
 }
 
 /// Runs a command that must end in time and succeed; its standard output.

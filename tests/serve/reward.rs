@@ -187,7 +187,8 @@ async fn the_client_scores_lines() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tritons_client_asks_as_nemo_aligners_annotator_does() {
-    let Some(python) = super::python::environment("triton", "pytriton.client", &["nvidia-pytriton==0.5.5"]) else {
+    let Some(python) = crate::support::python::environment("triton", "pytriton.client", &["nvidia-pytriton==0.5.5"])
+    else {
         return;
     };
     let server = reward_server(&[]);

@@ -1,5 +1,6 @@
 //! What the tests of the binary share.
 
+pub(crate) mod python;
 pub(crate) mod reward_model;
 pub(crate) mod standin;
 

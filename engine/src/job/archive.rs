@@ -30,6 +30,10 @@ pub(super) struct Archive {
     pub(super) header: Option<Header>,
     pub(super) attempts: u32,
     pub(super) damage: Damage,
+    /// Of all files.
+    pub(super) bytes: u64,
+    /// Of the records that rows have their lines from.
+    pub(super) bytes_needed: u64,
     /// Records of rows that were done already: generated again because they were in flight at a crash.
     pub(super) repeated: u64,
     /// Rows begun and not done, by attempt; of the last journal that was read.
@@ -50,6 +54,8 @@ impl Archive {
             header: None,
             attempts: 0,
             damage: Damage::default(),
+            bytes: 0,
+            bytes_needed: 0,
             repeated: 0,
             in_flight: HashMap::new(),
         };
@@ -65,23 +71,28 @@ impl Archive {
         let file = File::open(path)?;
         let index = self.files.len() as u32;
         let mut begun = HashSet::new();
-        let damage = frame::scan(&file, |offset, frame| match Record::decode(frame) {
-            Some(Record::Header(header)) => self.header = Some(header),
-            Some(Record::Begun(key)) => _ = begun.insert(key),
-            Some(Record::Done(done)) => {
-                begun.remove(&done.key);
-                // A row that has changed since has another key.
-                if let Some(&row) = rows.get(&done.key) {
-                    match &mut self.places[row] {
-                        Some(_) => self.repeated += 1,
-                        place => {
-                            *place = Some(Place { file: index, offset });
-                            self.progress.count(done.counts);
+        self.bytes += file.metadata()?.len();
+        let damage = frame::scan(&file, |offset, frame| {
+            let len = frame.len();
+            match Record::decode(frame) {
+                Some(Record::Header(header)) => self.header = Some(header),
+                Some(Record::Begun(key)) => _ = begun.insert(key),
+                Some(Record::Done(done)) => {
+                    begun.remove(&done.key);
+                    // A row that has changed since has another key.
+                    if let Some(&row) = rows.get(&done.key) {
+                        match &mut self.places[row] {
+                            Some(_) => self.repeated += 1,
+                            place => {
+                                *place = Some(Place { file: index, offset });
+                                self.bytes_needed += len;
+                                self.progress.count(done.counts);
+                            }
                         }
                     }
                 }
+                None => {}
             }
-            None => {}
         })?;
         self.files.push(file);
         self.in_flight.insert(attempt, begun);

@@ -20,6 +20,13 @@ pub(super) struct Frame {
     pub(super) payload: Vec<u8>,
 }
 
+impl Frame {
+    /// Bytes in the file.
+    pub(super) fn len(&self) -> u64 {
+        (HEAD + self.payload.len()) as u64
+    }
+}
+
 /// Appends a frame to `bytes`. The payload, given in parts, has at most [`MAX_PAYLOAD`] bytes.
 pub(super) fn encode(kind: u8, payload: &[&[u8]], bytes: &mut Vec<u8>) {
     let length: usize = payload.iter().map(|part| part.len()).sum();
@@ -87,7 +94,7 @@ pub(super) fn scan(file: impl Read + Seek, mut take: impl FnMut(u64, Frame)) -> 
             if unsound.take().is_some() {
                 damage.damaged += 1;
             }
-            let len = (HEAD + frame.payload.len()) as u64;
+            let len = frame.len();
             take(offset, frame);
             offset += len;
             continue;

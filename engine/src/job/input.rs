@@ -4,13 +4,14 @@ use std::io::{self, BufRead};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use arrow_schema::SchemaRef;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::tokenizer::Tokenizer;
 
 use super::prompt::Prompting;
-use super::{Input, JobError, lines};
+use super::{Input, JobError, lines, parquet_file};
 
 /// One prompt of the job.
 #[derive(Debug, PartialEq)]
@@ -26,7 +27,7 @@ pub(super) struct InputRow {
 /// A row as the input has it.
 #[derive(Debug, PartialEq)]
 pub(super) struct RawRow {
-    /// Counted from 1; of inline prompts, their number.
+    /// Counted from 1; of other inputs than files of lines, the row's number.
     pub(super) line: usize,
     pub(super) id: Value,
     /// All other keys, in their order.
@@ -60,6 +61,12 @@ impl Source {
             Self::File(path) => Some(path),
             Self::Prompts(_) => None,
         }
+    }
+
+    /// The input's columns, if it is a file that says what they are.
+    pub(super) fn columns(&self) -> Result<Option<SchemaRef>, JobError> {
+        let file = self.file().filter(|path| lines::is_parquet(path));
+        file.map(parquet_file::columns).transpose().map_err(|reason| self.error(reason))
     }
 
     pub(super) fn error(&self, reason: String) -> JobError {
@@ -140,7 +147,11 @@ impl Rows<'_> {
 
     /// With the line that was read last.
     pub(super) fn error(&self, reason: &str) -> JobError {
-        let what = if self.source.file().is_some() { "line" } else { "prompt" };
+        let what = match self.source.file() {
+            None => "prompt",
+            Some(path) if lines::is_parquet(path) => "row",
+            Some(_) => "line",
+        };
         self.source.error(format!("{what} {}: {reason}", self.line))
     }
 }

@@ -2,8 +2,10 @@
 //!
 //! Each attempt appends to a file of its own (`attempt-000`, …), so nothing is ever written behind a torn record. `fence` holds the number of
 //! the newest attempt; a writer that finds a higher one there stops. `lock` is held while an attempt writes. A row counts as done when its
-//! record is on the disk (`fdatasync`, for all records of up to [`COMMIT_INTERVAL`] together) and the fence was still ours after that. Files
-//! only grow by what is done, once, so there is nothing to compact.
+//! record is on the disk (`fdatasync`, for all records of up to [`COMMIT_INTERVAL`] together) and the fence was still ours after that. What the
+//! files of earlier attempts hold for rows that are not the job's any more is taken out when it is the larger part ([`compact`]).
+
+mod compact;
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -87,7 +89,7 @@ impl Journal {
         // First the fence, then the lock: an attempt that still writes finds the fence and lets go.
         write_fence(dir, options.attempt).map_err(output)?;
         let lock = lock(dir)?;
-        let archive = Archive::read(std::slice::from_ref(dir), &keys)?;
+        let mut archive = Archive::read(std::slice::from_ref(dir), &keys)?;
         if let Some(earlier) = archive.header.as_ref().filter(|_| !options.allow_changed) {
             let changed = [
                 ("the model", earlier.model != header.model),
@@ -97,6 +99,15 @@ impl Journal {
             if let Some((what, _)) = changed.into_iter().find(|(_, changed)| *changed) {
                 return Err(JobError::Changed { what });
             }
+        }
+        // Of an attempt that was killed at it.
+        _ = fs::remove_file(dir.join(compact::TEMPORARY));
+        if compact::is_due(&archive) {
+            // Only now: with a changed input that is not meant, all of it would look superseded.
+            if let Err(error) = compact::compact(dir, &keys, &archive) {
+                tracing::warn!(%error, "the journal cannot be made smaller for now");
+            }
+            archive = Archive::read(std::slice::from_ref(dir), &keys)?;
         }
         let queue = options.share.as_ref().map(|share| {
             // Of those that the same job has in all its replicas.
@@ -261,21 +272,16 @@ impl Scribe {
             let commit = !open || !self.rows.is_empty() && Instant::now() >= due;
             // Marks of begun rows need to outlive this process, not this host: they are written at once, and not waited for.
             if let Err(error) = if commit { self.commit() } else { self.write() } {
-                let outcome = if open { self.endure(error) } else { Err(error) };
+                let outcome = if open { self.endure(error) } else { Err(self.failed(error)) };
                 if let Err(error) = outcome {
-                    let failed = JobError::Output { path: self.path, source: error };
-                    _ = self.replies.send(Reply::Failed(failed));
+                    _ = self.replies.send(Reply::Failed(error));
                     return;
                 }
             }
             if commit {
-                match read_fence(&self.dir) {
-                    Ok(Some(fence)) if fence > self.attempt => {
-                        _ = self.replies.send(Reply::Failed(JobError::Fenced { attempt: fence }));
-                        return;
-                    }
-                    // What was written is written; the fence is looked at again after the next commit.
-                    Ok(_) | Err(_) => {}
+                if let Err(error) = self.check_fence() {
+                    _ = self.replies.send(Reply::Failed(error));
+                    return;
                 }
                 _ = self.replies.send(Reply::Committed(std::mem::take(&mut self.rows)));
                 due = Instant::now() + COMMIT_INTERVAL;
@@ -309,18 +315,32 @@ impl Scribe {
         Ok(())
     }
 
+    /// Of a fence that cannot be read nothing is known; it is looked at again after the next commit.
+    fn check_fence(&self) -> Result<(), JobError> {
+        match read_fence(&self.dir) {
+            Ok(Some(fence)) if fence > self.attempt => Err(JobError::Fenced { attempt: fence }),
+            Ok(_) | Err(_) => Ok(()),
+        }
+    }
+
+    fn failed(&self, source: io::Error) -> JobError {
+        JobError::Output { path: self.path.clone(), source }
+    }
+
     /// Tries again until it works or patience is over. After a failed sync nobody knows which pages reached the disk, and a handle may have
     /// become stale, so the file is opened anew and everything since the last commit is written again.
-    fn endure(&mut self, mut error: io::Error) -> io::Result<()> {
+    fn endure(&mut self, mut error: io::Error) -> Result<(), JobError> {
         let begin = Instant::now();
         let mut pause = RETRY.0;
         loop {
             _ = self.replies.send(Reply::Trouble(error.to_string()));
             if begin.elapsed() >= self.patience || self.replies.is_closed() {
-                return Err(error);
+                return Err(self.failed(error));
             }
             std::thread::sleep(pause.min(self.patience));
             pause = (pause * 2).min(RETRY.1);
+            // The file is a newer attempt's to read, and perhaps to make smaller: nothing of it may be cut off.
+            self.check_fence()?;
             let again = OpenOptions::new().write(true).open(&self.path).and_then(|file| {
                 file.set_len(self.committed)?;
                 self.file = file;

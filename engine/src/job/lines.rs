@@ -1,8 +1,12 @@
-//! Files of lines, compressed or not, by the extension of their name.
+//! Files of rows by the extension of their name: lines of JSON, compressed or not, and Parquet, which is read and written as such lines.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
+
+use arrow_schema::SchemaRef;
+
+use super::parquet_file;
 
 /// Level of compression: that of the `zstd` program.
 const LEVEL: i32 = 3;
@@ -12,8 +16,15 @@ fn is_compressed(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "zst")
 }
 
-/// Reads a file; what is compressed is decompressed on the way.
+pub(super) fn is_parquet(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "parquet")
+}
+
+/// Reads a file as lines.
 pub(super) fn open(path: &Path) -> io::Result<Box<dyn BufRead + Send>> {
+    if is_parquet(path) {
+        return Ok(Box::new(parquet_file::Lines::open(path)?));
+    }
     let file = File::open(path)?;
     Ok(match is_compressed(path) {
         true => Box::new(BufReader::with_capacity(BUFFER, zstd::Decoder::new(file)?)),
@@ -21,10 +32,18 @@ pub(super) fn open(path: &Path) -> io::Result<Box<dyn BufRead + Send>> {
     })
 }
 
-/// Makes `file`, which will have the name `path`, of what `fill` writes, down to the disk. Equal lines give equal bytes.
-pub(super) fn create(file: &Path, path: &Path, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+/// Makes `file`, which will have the name `path`, of the lines that `fill` writes, down to the disk. Equal lines give equal bytes. Parquet has
+/// these `columns`.
+pub(super) fn create(
+    file: &Path,
+    path: &Path,
+    columns: Option<&SchemaRef>,
+    fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
     let mut file = BufWriter::with_capacity(BUFFER, File::create(file)?);
-    if is_compressed(path) {
+    if let Some(columns) = columns {
+        parquet_file::write(&mut file, columns, fill)?;
+    } else if is_compressed(path) {
         let mut encoder = zstd::Encoder::new(&mut file, LEVEL)?;
         encoder.include_checksum(true)?;
         fill(&mut encoder)?;
@@ -49,7 +68,7 @@ mod tests {
         let text = "line\n".repeat(10_000);
         for (name, at_most) in [("a.jsonl", usize::MAX), ("a.jsonl.zst", 1000)] {
             let path = dir.path().join(name);
-            create(&path, &path, |file| file.write_all(text.as_bytes())).unwrap();
+            create(&path, &path, None, |file| file.write_all(text.as_bytes())).unwrap();
             assert!(std::fs::metadata(&path).unwrap().len() <= at_most as u64);
             let mut read = String::new();
             open(&path).unwrap().read_to_string(&mut read).unwrap();

@@ -5,12 +5,14 @@
 
 mod answer;
 mod archive;
+mod columns;
 mod frame;
 mod input;
 mod journal;
 mod lines;
 mod measure;
 mod output;
+mod parquet_file;
 mod prompt;
 mod queue;
 mod record;
@@ -54,7 +56,7 @@ pub struct JobFile {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Input {
-    /// JSON lines, also compressed (`.zst`): `{"id"?, "prompt" | "messages", …}`; relative to the job file.
+    /// JSON lines, also compressed (`.zst`), or Parquet: `{"id"?, "prompt" | "messages", …}`; relative to the job file.
     pub path: Option<PathBuf>,
     pub prompts: Option<Vec<String>>,
 }
@@ -158,6 +160,9 @@ pub struct JobProgress {
     /// Of the complete rows: those that earlier attempts completed.
     #[serde(default)]
     pub rows_kept: u64,
+    /// No row is begun for now: the journal or the output cannot be written.
+    #[serde(default)]
+    pub paused: bool,
     /// Of all complete rows.
     pub prompt_tokens: u64,
     pub completion_tokens: u64,

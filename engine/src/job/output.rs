@@ -6,6 +6,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use arrow_schema::SchemaRef;
+
+use crate::error_chain::error_chain;
+
 use super::JobError;
 use super::archive::Archive;
 use super::lines::create;
@@ -41,11 +45,22 @@ pub(super) fn check(path: &Path, input: Option<&Path>, replica: Option<u32>) -> 
     check().map_err(|source| JobError::Output { path: path.to_owned(), source })
 }
 
+/// Removes what a replica that died at its output has left.
+pub(super) fn remove_partial(path: &Path, replica: u32) {
+    // If it cannot be removed, it is in nobody's way.
+    _ = fs::remove_file(partial(path, Some(replica)));
+}
+
 /// Writes all rows of a complete archive; a reader of `path` sees the old file or the whole new one.
-pub(super) fn write(path: &Path, archive: &Archive, replica: Option<u32>) -> Result<(), JobError> {
+pub(super) fn write(
+    path: &Path,
+    columns: Option<&SchemaRef>,
+    archive: &Archive,
+    replica: Option<u32>,
+) -> Result<(), JobError> {
     let partial = partial(path, replica);
     let write = || {
-        create(&partial, path, |file| lines(archive, |line| writeln!(file, "{line}")))?;
+        create(&partial, path, columns, |file| lines(archive, |line| writeln!(file, "{line}")))?;
         fs::rename(&partial, path)?;
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
         File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
@@ -67,16 +82,24 @@ pub(super) fn lines(archive: &Archive, mut take: impl FnMut(&str) -> io::Result<
     archive.places.iter().flatten().try_for_each(|&place| take(&archive.done(place)?.line))
 }
 
-/// Tries until it works or patience is over.
-pub(super) async fn patiently(patience: Duration, attempt: impl Fn() -> Result<(), JobError>) -> Result<(), JobError> {
+/// Writes until it works or patience is over; `paused` hears whether it does not work for now.
+pub(super) async fn patiently(
+    patience: Duration,
+    write: impl Fn() -> Result<(), JobError>,
+    paused: impl Fn(bool),
+) -> Result<(), JobError> {
     let begin = Instant::now();
     loop {
-        match attempt() {
+        match write() {
             Err(error) if begin.elapsed() < patience => {
-                tracing::warn!(%error, "the output cannot be written for now");
+                tracing::warn!(error = error_chain(&error), "the output cannot be written for now");
+                paused(true);
                 tokio::time::sleep(RETRY.min(patience)).await;
             }
-            outcome => return outcome,
+            outcome => {
+                paused(false);
+                return outcome;
+            }
         }
     }
 }

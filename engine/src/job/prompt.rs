@@ -86,7 +86,7 @@ impl Prompting {
         if self.scores && columns.get("error").is_some_and(|error| !error.is_null()) {
             return Ok(Vec::new());
         }
-        let is_text = self.user.is_some() || columns.contains_key("prompt");
+        let is_text = self.user.is_some() || columns.get("prompt").is_some_and(|prompt| !prompt.is_null());
         let mut messages = self.messages(columns)?;
         let Some(chat) = &self.chat else {
             let text: String = messages.into_iter().map(|message| message.content).collect();
@@ -104,7 +104,7 @@ impl Prompting {
     fn messages(&self, columns: &mut Map<String, Value>) -> Result<Vec<Message>, String> {
         if let Some(user) = &self.user {
             let text = render(user, columns)?;
-            if columns.contains_key("messages") {
+            if columns.get("messages").is_some_and(|messages| !messages.is_null()) {
                 return Err("`messages` cannot be given beside prompt.user of the job file".into());
             }
             columns.insert("prompt".into(), text.into());

@@ -1,7 +1,7 @@
 //! What a job's journal and output hold, for those who look from outside, whether the run goes on or has ended.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use super::archive::{Archive, newest_header};
 use super::record::hex;
 use super::run::Job;
-use super::{JobError, JobFile, JobProgress, lines, output};
+use super::{JobError, JobFile, JobProgress, lines, output, parquet_file};
 
 /// Bytes at the end of a text in which repetition is looked for.
 const REPETITIVE: usize = 200;
@@ -99,9 +99,8 @@ impl Results {
         read.map_err(|source| JobError::Output { path: "the journal".into(), source })
     }
 
-    /// Compares the output with the journal, byte for byte.
+    /// Compares the output with the journal, byte for byte; of a Parquet file, its rows as lines of JSON.
     pub fn verify(&self) -> Result<Verified, JobError> {
-        let mut hash = Sha256::new();
         let mut problem = None;
         let mut output = match lines::open(&self.output) {
             Ok(file) => Some(file),
@@ -111,20 +110,18 @@ impl Results {
             }
         };
         let (mut number, mut bytes) = (0, Vec::new());
-        let read = output::lines(&self.archive, |line| {
-            hash.update(line);
-            hash.update("\n");
+        let sha256 = self.expected(|line| {
             number += 1;
             if let Some(file) = output.as_mut().filter(|_| problem.is_none()) {
                 bytes.clear();
                 file.read_until(b'\n', &mut bytes)?;
-                if bytes.strip_suffix(b"\n") != Some(line.as_bytes()) {
+                if bytes.strip_suffix(b"\n") != Some(line) {
                     problem = Some(format!("line {number} is not the one that the journal has"));
                 }
             }
             Ok(())
         });
-        read.map_err(|source| JobError::Output { path: self.output.clone(), source })?;
+        let sha256 = sha256.map_err(|source| JobError::Output { path: self.output.clone(), source })?;
         if let (Some(file), None) = (&mut output, &problem) {
             let more = file.fill_buf().map_err(|source| JobError::Output { path: self.output.clone(), source })?;
             if !more.is_empty() {
@@ -136,8 +133,36 @@ impl Results {
             complete: self.archive.progress.rows_done == self.archive.progress.rows_total,
             output_matches: problem.is_none(),
             problem,
-            sha256: hex(&hash.finalize()),
+            sha256,
         })
+    }
+
+    /// Hands out the lines that the output should give back. The SHA-256 of those that the journal has.
+    fn expected(&self, mut take: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<String> {
+        let mut hash = Sha256::new();
+        let mut hash_line = |line: &str| hash.update(format!("{line}\n"));
+        // With the columns that it has; where there is none, nothing is compared.
+        let table = Some(&self.output).filter(|path| lines::is_parquet(path) && path.exists());
+        let columns = table.map(|path| parquet_file::columns(path)).transpose().map_err(io::Error::other)?;
+        let Some(columns) = columns else {
+            output::lines(&self.archive, |line| {
+                hash_line(line);
+                take(line.as_bytes())
+            })?;
+            return Ok(hex(&hash.finalize()));
+        };
+        let mut bytes = Vec::new();
+        let mut batches = parquet_file::Batches::new(&columns, |batch| {
+            bytes.clear();
+            parquet_file::write_lines(&batch, &mut bytes)?;
+            bytes.split_inclusive(|&byte| byte == b'\n').try_for_each(|line| take(line.trim_ascii_end()))
+        })?;
+        output::lines(&self.archive, |line| {
+            hash_line(line);
+            writeln!(batches, "{line}")
+        })?;
+        batches.finish()?;
+        Ok(hex(&hash.finalize()))
     }
 }
 

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use arrow_schema::SchemaRef;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -15,6 +16,7 @@ use crate::reward;
 use crate::tokenizer::Tokenizer;
 
 use super::archive::Archive;
+use super::columns::Columns;
 use super::input::{Feed, InputRow, Source};
 use super::journal::{Journal, JournalOptions};
 use super::output;
@@ -22,7 +24,7 @@ use super::prompt::Prompting;
 use super::queue::{Claim, Queue};
 use super::record::{self, Header, Key, hex};
 use super::work::{Finished, Work};
-use super::{ContextOverflow, Generation, JobError, JobFile, JobProgress, JobSampling};
+use super::{ContextOverflow, Generation, JobError, JobFile, JobProgress, JobSampling, lines};
 
 /// A job file whose input was read, checked and tokenised. Of each row it keeps what the rest is told by, not the row.
 pub struct Job {
@@ -38,6 +40,8 @@ pub struct Job {
     /// What, of the job file, determines rows.
     settings: String,
     pub(super) output: PathBuf,
+    /// Of the output, if it is a Parquet file and rows were tokenised.
+    columns: Option<SchemaRef>,
 }
 
 impl Job {
@@ -78,7 +82,10 @@ impl Job {
             scores,
             settings: settings.to_string(),
             output: dir.join(&file.output.path),
+            columns: None,
         };
+        let table = job.source.columns()?;
+        let mut columns = (tokenizer.is_some() && lines::is_parquet(&job.output)).then(|| Columns::new(table));
         let limit = limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
         let mut rows = job.source.rows()?;
         // The line of each id, by its JSON form: the string "1" is not the number 1. Answers of one prompt have its id in common.
@@ -100,11 +107,19 @@ impl Job {
                 let prompt = job.prompting.encode(tokenizer, &mut row.columns).map_err(|reason| rows.error(&reason))?;
                 job.prompt_lens.push(u32::try_from(prompt.len()).unwrap_or(u32::MAX));
             }
+            if let Some(columns) = &mut columns {
+                let mut carried = row.columns.iter();
+                let added = columns.add("id", &row.id);
+                let added = added.and_then(|()| carried.try_for_each(|(column, value)| columns.add(column, value)));
+                added.map_err(|reason| rows.error(&reason))?;
+            }
             job.digests.push(row.digest);
         }
         if job.digests.is_empty() && limit > 0 {
             return Err(job.source.error("there is no row in it".into()));
         }
+        let schema = columns.map(|columns| columns.schema(scores)).transpose();
+        job.columns = schema.map_err(|reason| job.source.error(reason))?;
         Ok(job)
     }
 
@@ -174,13 +189,14 @@ impl Job {
         let mut stop = std::pin::pin!(stop);
         let Finished { archive, progress: done, queue, keys } =
             Work::new(self, engine, tokenizer, journal, deadline, progress)?.run(&mut stop).await?;
+        let paused = |paused| progress(JobProgress { paused, ..done });
         let finish = async {
             match queue {
                 None => {
-                    let write = || output::write(&self.output, &archive, None);
-                    output::patiently(patience, write).await.map(|()| archive)
+                    let write = || output::write(&self.output, self.columns.as_ref(), &archive, None);
+                    output::patiently(patience, write, paused).await.map(|()| archive)
                 }
-                Some(queue) => self.finish_together(queue, &keys, patience).await,
+                Some(queue) => self.finish_together(queue, &keys, patience, paused).await,
             }
         };
         let archive = tokio::select! {
@@ -198,7 +214,13 @@ impl Job {
     }
 
     /// All rows are in the journals of the replicas: one of them writes the output, the others wait for it.
-    async fn finish_together(&self, mut queue: Queue, keys: &[Key], patience: Duration) -> Result<Archive, JobError> {
+    async fn finish_together(
+        &self,
+        mut queue: Queue,
+        keys: &[Key],
+        patience: Duration,
+        paused: impl Fn(bool),
+    ) -> Result<Archive, JobError> {
         let archive = Archive::read(queue.journals(), keys)?;
         let missing = archive.progress.rows_total - archive.progress.rows_done;
         if missing > 0 {
@@ -216,8 +238,12 @@ impl Job {
             };
             match turn() {
                 Ok(Some(claim)) => {
-                    let write = || output::write(&self.output, &archive, Some(queue.replica()));
-                    output::patiently(patience, write).await?;
+                    let write = || output::write(&self.output, self.columns.as_ref(), &archive, Some(queue.replica()));
+                    output::patiently(patience, write, &paused).await?;
+                    if claim.again {
+                        let others = (0..queue.journals().len() as u32).filter(|&replica| replica != queue.replica());
+                        others.for_each(|replica| output::remove_partial(&self.output, replica));
+                    }
                     queue
                         .begin(claim.range, 0)
                         .map_err(|source| JobError::Output { path: self.output.clone(), source })?;
@@ -315,6 +341,7 @@ mod tests {
             scores: false,
             settings: String::new(),
             output: PathBuf::new(),
+            columns: None,
         }
     }
 

@@ -80,7 +80,6 @@ pub(super) struct Work<'a> {
     feed: Feed<'a>,
     /// Rows that the writer has and the disk does not.
     uncommitted: usize,
-    trouble: bool,
     /// Admission is closed: what has begun is finished, and that is all.
     closing: watch::Sender<bool>,
     deadline: Option<Instant>,
@@ -125,7 +124,6 @@ impl<'a> Work<'a> {
             in_flight: FuturesUnordered::new(),
             feed: job.feed(tokenizer),
             uncommitted: 0,
-            trouble: false,
             closing: watch::Sender::new(false),
             deadline,
             began: Instant::now(),
@@ -183,7 +181,10 @@ impl<'a> Work<'a> {
             self.suspects.retain(|row| !lost.contains(row));
         }
         let enough = self.engine.info().max_sequences.min(queue.fair_share());
-        while !self.trouble && !*self.closing.borrow() && self.in_flight.len() + self.fresh.len() < enough {
+        while !self.archive.progress.paused
+            && !*self.closing.borrow()
+            && self.in_flight.len() + self.fresh.len() < enough
+        {
             let Some(claim) = queue.claim().map_err(trouble)? else { break };
             // Whoever had it before, or an earlier attempt, may have done some of it.
             if claim.again || (self.others.is_none() && queue.attempt() > 0) {
@@ -241,7 +242,7 @@ impl<'a> Work<'a> {
 
     /// Gives the engine what it may have.
     fn admit(&mut self) -> Result<(), JobError> {
-        if self.trouble || *self.closing.borrow() {
+        if self.archive.progress.paused || *self.closing.borrow() {
             return Ok(());
         }
         while self.in_flight.len() < MAX_IN_FLIGHT && self.uncommitted < MAX_UNCOMMITTED {
@@ -291,7 +292,7 @@ impl<'a> Work<'a> {
     fn replied(&mut self, reply: Reply) -> Result<(), JobError> {
         match reply {
             Reply::Committed(rows) => {
-                self.trouble = false;
+                self.archive.progress.paused = false;
                 self.uncommitted -= rows.len();
                 for (row, place, counts) in rows {
                     self.archive.places[row] = Some(place);
@@ -304,7 +305,8 @@ impl<'a> Work<'a> {
             }
             Reply::Trouble(error) => {
                 tracing::warn!(%error, "the journal cannot be written for now; no more rows are begun");
-                self.trouble = true;
+                self.archive.progress.paused = true;
+                (self.progress)(self.archive.progress);
             }
             Reply::Failed(error) => return Err(error),
         }

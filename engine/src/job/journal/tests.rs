@@ -124,6 +124,101 @@ fn what_made_the_rows_may_not_change_unnoticed() {
     assert_eq!(journal.archive.places.iter().map(Option::is_some).collect::<Vec<_>>(), [true, true, false, true]);
 }
 
+/// Two attempts in lines of 4 KiB: 500 rows of one input, and 60 of the other. The keys of both.
+fn superseded(dir: &Path) -> (Vec<Key>, Vec<Key>) {
+    let keys = |seed| -> Vec<Key> {
+        let key = |row: u16| {
+            let mut key = [seed; 16];
+            key[..2].copy_from_slice(&row.to_le_bytes());
+            key
+        };
+        (0..500).map(key).collect()
+    };
+    let (old, new) = (keys(1), keys(2));
+    // At the second one's start only the last rows are superseded.
+    let mixed = [&old[..440], &new[440..]].concat();
+    for (attempt, keys, rows) in [(0, &old, 0..500), (1, &mixed, 440..500)] {
+        let options = JournalOptions { allow_changed: true, ..options(dir, attempt) };
+        let (_, mut writer) = Journal::open(options, &header(0, "i"), keys.clone()).unwrap().start().unwrap();
+        let mut left = rows.len();
+        for row in rows {
+            writer.begun(keys[row]);
+            let line = format!("{row:04096}");
+            writer.done(row, Done { key: keys[row], counts: Counts::default(), line });
+        }
+        // Two that were in flight when the attempt ended.
+        new[..2].iter().for_each(|&key| writer.begun(key));
+        while left > 0 {
+            let Some(Reply::Committed(rows)) = writer.replies.blocking_recv() else { panic!("not committed") };
+            left -= rows.len();
+        }
+    }
+    (old, new)
+}
+
+fn size(dir: &Path) -> u64 {
+    fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum()
+}
+
+/// What the journal says about rows.
+fn said(dir: &Path, keys: &[Key]) -> (Vec<Option<Done>>, Vec<u32>, usize) {
+    let archive = Archive::read(&[dir.to_owned()], keys).unwrap();
+    assert_eq!(archive.repeated, 0);
+    let done = archive.places.iter().map(|place| place.map(|place| archive.done(place).unwrap())).collect();
+    let mut attempts: Vec<u32> = archive.in_flight.keys().copied().collect();
+    attempts.sort_unstable();
+    (done, attempts, archive.in_flight[&1].len())
+}
+
+#[test]
+fn superseded_records_are_taken_out_when_they_are_the_larger_part() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = superseded(dir.path());
+    let (before, large) = (said(dir.path(), &new), size(dir.path()));
+    assert_eq!((before.0.iter().flatten().count(), before.2), (60, 2));
+    // As long as the earlier rows are the job's, nothing is superseded.
+    let reopen = |attempt, keys: &[Key]| {
+        let options = JournalOptions { allow_changed: true, crashed: vec![1], ..options(dir.path(), attempt) };
+        Journal::open(options, &header(0, "i"), keys.to_vec()).unwrap()
+    };
+    drop(reopen(2, &old));
+    assert!(size(dir.path()) > large);
+    let journal = reopen(3, &new);
+    assert_eq!(journal.strikes.len(), 2);
+    assert!(size(dir.path()) < large / 4, "{} of {large}", size(dir.path()));
+    let after = said(dir.path(), &new);
+    assert_eq!((after.0, after.2), (before.0, before.2));
+}
+
+#[test]
+fn compaction_may_be_killed_at_any_moment() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, new) = superseded(dir.path());
+    let expected = said(dir.path(), &new);
+    let (temporary, files) = (dir.path().join(compact::TEMPORARY), [0, 1].map(|attempt| file_of(dir.path(), attempt)));
+    let old = files.each_ref().map(|path| fs::read(path).unwrap());
+    compact::compact(dir.path(), &new, &Archive::read(&[dir.path().to_owned()], &new).unwrap()).unwrap();
+    assert_eq!(said(dir.path(), &new), expected);
+    let compacted = files.each_ref().map(|path| fs::read(path).unwrap());
+    // The files that have their new content, and how much of the next one is written.
+    for renamed in 0..=2 {
+        for (file, path) in files.iter().enumerate() {
+            fs::write(path, if file < renamed { &compacted[file] } else { &old[file] }).unwrap();
+        }
+        assert_eq!(said(dir.path(), &new), expected, "{renamed} are renamed");
+        let Some(next) = compacted.get(renamed) else { continue };
+        for len in (0..=next.len()).step_by(next.len() / 50 + 1).chain([next.len()]) {
+            fs::write(&temporary, &next[..len]).unwrap();
+            assert_eq!(said(dir.path(), &new), expected, "{renamed} are renamed, {len} bytes of the next are written");
+        }
+        // Whoever comes next does it again.
+        let archive = Archive::read(&[dir.path().to_owned()], &new).unwrap();
+        compact::compact(dir.path(), &new, &archive).unwrap();
+        assert!(files.each_ref().map(|path| fs::read(path).unwrap()) == compacted);
+        assert!(!temporary.exists());
+    }
+}
+
 #[test]
 fn an_old_attempt_is_fenced_off() {
     let dir = tempfile::tempdir().unwrap();
@@ -167,6 +262,37 @@ fn trouble_is_said_and_in_the_end_given_up() {
     assert!(matches!(writer.replies.blocking_recv(), Some(Reply::Trouble(_))));
     let last = std::iter::from_fn(|| writer.replies.blocking_recv()).last();
     assert!(matches!(last, Some(Reply::Failed(JobError::Output { path, .. })) if path == full));
+}
+
+#[test]
+fn an_input_output_error_is_borne_and_nothing_is_lost() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = open(dir.path(), 0, 2).unwrap();
+    // Its first pages are never mapped, so each write there is an input/output error.
+    journal.file = OpenOptions::new().write(true).open("/proc/self/mem").unwrap();
+    let (_, mut writer) = journal.start().unwrap();
+    writer.done(0, done(0));
+    match writer.replies.blocking_recv() {
+        Some(Reply::Trouble(error)) => assert!(error.contains("os error 5"), "{error}"),
+        reply => panic!("{reply:?}"),
+    }
+    assert!(matches!(writer.replies.blocking_recv(), Some(Reply::Committed(rows)) if rows.len() == 1));
+    assert_eq!(done_rows(dir.path(), 2), 1);
+}
+
+#[test]
+fn an_attempt_in_trouble_that_another_has_replaced_leaves_its_file_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut journal = open(dir.path(), 0, 2).unwrap();
+    let path = journal.path.clone();
+    journal.file = File::open(&path).unwrap();
+    let (_, mut writer) = journal.start().unwrap();
+    write_fence(dir.path(), 1).unwrap();
+    fs::write(&path, "what the newer attempt has").unwrap();
+    writer.done(0, done(0));
+    let last = std::iter::from_fn(|| writer.replies.blocking_recv()).last();
+    assert!(matches!(last, Some(Reply::Failed(JobError::Fenced { attempt: 1 }))), "{last:?}");
+    assert_eq!(fs::read(&path).unwrap(), b"what the newer attempt has");
 }
 
 #[test]
