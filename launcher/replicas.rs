@@ -4,13 +4,17 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use nemotron_engine::job::{JobProgress, Share};
 
+use crate::attempts;
+use crate::observe::Observer;
 use crate::report::{Exit, Failure, Outcome};
 use crate::resolve::Resolved;
 use crate::rundir::RunDir;
 use crate::spec::{Replicas, RunSpec};
 use crate::state::{RunPhase, Status};
+use crate::summary::Report;
 
 /// More would only wait for each other's files.
 const MAX_REPLICAS: u32 = 256;
@@ -51,14 +55,45 @@ pub(crate) fn of(run_dir: &RunDir, spec: &RunSpec) -> Vec<RunDir> {
     (0..count).filter_map(|index| RunDir::open(&path(index)).ok()).collect()
 }
 
-/// Refuses what only a single run has.
-pub(crate) fn check_single(run_dir: &RunDir) -> Outcome {
-    let names: Vec<String> = of(run_dir, &run_dir.spec()?).iter().map(|part| part.name().to_owned()).collect();
-    if names.is_empty() {
+/// The runs to look at for what each run has of its own, such as logs: the run, or its replicas.
+pub(crate) fn each(run_dir: &RunDir) -> Outcome<Vec<RunDir>> {
+    let parts = of(run_dir, &run_dir.spec()?);
+    Ok(if parts.is_empty() { vec![run_dir.clone()] } else { parts })
+}
+
+/// Writes the report of the whole if it is over, now that `part`, which may be a replica, has ended.
+pub(crate) fn report(part: &RunDir) {
+    if let Err(failure) = try_report(part) {
+        tracing::warn!(%failure, "cannot write the report of all replicas");
+    }
+}
+
+fn try_report(part: &RunDir) -> Outcome {
+    if part.spec()?.replicas.is_none_or(|replicas| replicas.index.is_none()) {
         return Ok(());
     }
-    let text = format!("run {} has {} replicas, each with its own", run_dir.name(), names.len());
-    Err(Failure::msg(Exit::Usage, text).hint(format!("name one of them: {}", names.join(", "))))
+    let run_dir = RunDir::open(part.path().parent().unwrap_or(part.path()))?;
+    let spec = run_dir.spec()?;
+    let parts = of(&run_dir, &spec);
+    let mut reported = Vec::new();
+    loop {
+        // One that was killed has not said that it ended.
+        let look = |part| Observer::new(part)?.look();
+        let statuses = parts.iter().map(look).collect::<Outcome<Vec<_>>>()?;
+        let phases: Vec<RunPhase> = statuses.iter().map(|status| status.phase).collect();
+        let is_done = phases.contains(&RunPhase::Done);
+        // Others that ended meanwhile may have read an older state; the last word is that of whoever sees no change any more.
+        if phases == reported || !(is_done || phases.iter().all(|phase| phase.is_end())) {
+            return Ok(());
+        }
+        let mut status = whole(&spec, statuses);
+        if is_done {
+            (status.phase, status.end) = (RunPhase::Done, None);
+        }
+        let attempts = parts.iter().map(attempts::read).collect::<Outcome<Vec<_>>>()?;
+        Report::of_replicas(&status, &attempts).write(&run_dir).context("cannot write report.json")?;
+        reported = phases;
+    }
 }
 
 /// Where the rows of a run's job are: of all its replicas, and of all others if it is one.
@@ -116,6 +151,10 @@ pub(crate) fn whole(spec: &RunSpec, parts: Vec<Status>) -> Status {
         prompt_tokens: a.prompt_tokens + b.prompt_tokens,
         completion_tokens: a.completion_tokens + b.completion_tokens,
     });
+    if let Some(job) = whole.job.as_mut().filter(|_| parts.iter().any(|part| part.phase == RunPhase::Done)) {
+        // One that was killed did not tell of its last rows.
+        job.rows_done = job.rows_total;
+    }
     // Each expects to do alone what is left.
     let rate = |part: &Status| {
         Some((part.job?.rows_total - part.job?.rows_done) as f64 / part.eta_s.filter(|&eta| eta > 0.0)?)
@@ -153,7 +192,7 @@ mod tests {
         assert_eq!((both.phase, both.job.map(|job| job.rows_done), both.eta_s), (RunPhase::Busy, Some(50), Some(25.0)));
         let one_left = whole(vec![part(RunPhase::Failed, 20, None), part(RunPhase::Loading, 0, None)]);
         assert_eq!((one_left.phase, one_left.end), (RunPhase::Loading, None));
-        let survived = whole(vec![part(RunPhase::Failed, 20, None), part(RunPhase::Done, 90, None)]);
+        let survived = whole(vec![part(RunPhase::Failed, 20, None), part(RunPhase::Done, 70, None)]);
         assert_eq!(
             (survived.phase, survived.end, survived.job.map(|job| job.rows_done)),
             (RunPhase::Done, None, Some(100))

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::attempts::{self, Attempt, Suspect, suspects};
 use crate::events::{Event, Journal, now};
+use crate::replicas;
 use crate::report::{Exit, Outcome};
 use crate::rundir::{RunDir, write_atomic, write_json};
 use crate::state::{End, PhaseSpan, RankStatus, RunPhase, Status};
@@ -33,6 +34,9 @@ pub(crate) struct Report<'a> {
     /// Of the last attempt.
     phases: &'a [PhaseSpan],
     ranks: &'a [RankStatus],
+    /// How those of a run with replicas ended.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    replicas: Vec<ReplicaEnd<'a>>,
     /// Of all attempts, as all that follows.
     prompt_tokens: u64,
     generated_tokens: u64,
@@ -40,8 +44,26 @@ pub(crate) struct Report<'a> {
     tokens_per_second: f64,
     rows: Option<JobProgress>,
     device_hours: DeviceHours,
-    attempts: &'a [Attempt],
+    attempts: Vec<Entry<'a>>,
     nodes_blamed: Vec<Suspect>,
+}
+
+/// An attempt of the run or of one of its replicas.
+#[derive(Debug, Serialize)]
+struct Entry<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replica: Option<&'a str>,
+    #[serde(flatten)]
+    attempt: &'a Attempt,
+}
+
+#[derive(Debug, Serialize)]
+struct ReplicaEnd<'a> {
+    run: &'a str,
+    outcome: RunPhase,
+    exit_code: u8,
+    cause: Option<&'a str>,
+    rows_done: u64,
 }
 
 /// Devices times hours from the start of each attempt to its end.
@@ -54,13 +76,13 @@ struct DeviceHours {
 }
 
 impl DeviceHours {
-    fn of(attempts: &[Attempt]) -> Self {
+    fn of<'a>(attempts: impl Iterator<Item = &'a Attempt> + Clone) -> Self {
         let hours = |attempt: &Attempt, seconds: f64| attempt.ranks as f64 * seconds / 3600.0;
         let useful = |attempt: &&Attempt| attempt.rows > 0;
-        let useful = attempts.iter().filter(useful).map(|attempt| hours(attempt, attempt.worked()));
+        let useful = attempts.clone().filter(useful).map(|attempt| hours(attempt, attempt.worked()));
         // A sum of nothing is -0.
         let useful = useful.sum::<f64>() + 0.0;
-        let total: f64 = attempts.iter().map(|attempt| hours(attempt, attempt.seconds())).sum();
+        let total: f64 = attempts.map(|attempt| hours(attempt, attempt.seconds())).sum();
         Self { useful, wasted: (total - useful).max(0.0) }
     }
 }
@@ -75,7 +97,19 @@ pub(crate) fn tokens_per_second(attempts: &[Attempt]) -> f64 {
 impl<'a> Report<'a> {
     /// `status` has ended, and the last of `attempts` with it.
     pub(crate) fn new(status: &'a Status, phases: &'a [PhaseSpan], attempts: &'a [Attempt]) -> Self {
+        Self::over(status, phases, &[(None, attempts)])
+    }
+
+    /// Of a run with replicas: `status` is that of the whole, and `attempts` has those of each.
+    pub(crate) fn of_replicas(status: &'a Status, attempts: &'a [Vec<Attempt>]) -> Self {
+        let names = status.replicas.iter().map(|part| Some(part.run.as_str()));
+        let groups: Vec<_> = names.zip(attempts.iter().map(Vec::as_slice)).collect();
+        Self::over(status, &[], &groups)
+    }
+
+    fn over(status: &'a Status, phases: &'a [PhaseSpan], groups: &[(Option<&'a str>, &'a [Attempt])]) -> Self {
         let end = status.end.as_ref();
+        let attempts = groups.iter().flat_map(|(_, attempts)| attempts.iter());
         Self {
             schema: 1,
             run: &status.run,
@@ -84,17 +118,21 @@ impl<'a> Report<'a> {
             outcome: status.phase,
             exit_code: end.map_or(0, |end| end.exit_code),
             cause: end.and_then(|end| end.cause.as_deref()),
-            started: attempts.first().map_or(status.started, |first| first.started),
-            ended: status.since,
+            started: attempts.clone().map(|attempt| attempt.started).min().unwrap_or(status.started),
+            ended: attempts.clone().filter_map(|attempt| attempt.ended).fold(status.since, Timestamp::max),
             phases,
             ranks: &status.ranks,
-            prompt_tokens: attempts.iter().map(|attempt| attempt.prompt_tokens).sum(),
-            generated_tokens: attempts.iter().map(|attempt| attempt.generated_tokens).sum(),
-            tokens_per_second: tokens_per_second(attempts),
+            replicas: status.replicas.iter().map(ReplicaEnd::of).collect(),
+            prompt_tokens: attempts.clone().map(|attempt| attempt.prompt_tokens).sum(),
+            generated_tokens: attempts.clone().map(|attempt| attempt.generated_tokens).sum(),
+            tokens_per_second: groups.iter().map(|(_, attempts)| tokens_per_second(attempts)).sum(),
             rows: status.job,
             device_hours: DeviceHours::of(attempts),
-            attempts,
-            nodes_blamed: suspects(attempts),
+            attempts: groups
+                .iter()
+                .flat_map(|&(replica, attempts)| attempts.iter().map(move |attempt| Entry { replica, attempt }))
+                .collect(),
+            nodes_blamed: groups.iter().flat_map(|(_, attempts)| suspects(attempts)).collect(),
         }
     }
 
@@ -128,12 +166,19 @@ impl<'a> Report<'a> {
 
     fn text(&self) -> String {
         let mut text = format!("# Run {}\n\n{}\n", self.run, self.last_words());
+        if !self.replicas.is_empty() {
+            text += "\n| replica | outcome | rows | exit code | cause |\n|---|---|---|---|---|\n";
+        }
+        for ReplicaEnd { run, outcome, exit_code, cause, rows_done } in &self.replicas {
+            _ = writeln!(text, "| {run} | {outcome} | {rows_done} | {exit_code} | {} |", cell(cause.unwrap_or("-")));
+        }
         text += "\n| attempt | job | started | took | at work | rows | tokens | exit code | cause |\n|---|---|---|---|---|---|---|---|---|\n";
-        for attempt in self.attempts {
+        for Entry { replica, attempt } in &self.attempts {
             let end = attempt.end.as_ref();
             _ = writeln!(
                 text,
-                "| {} | {} | {} | {} | {} | {} | {} | {} | {} |",
+                "| {}{} | {} | {} | {} | {} | {} | {} | {} | {} |",
+                replica.map_or_else(String::new, |replica| format!("{replica}, ")),
                 attempt.attempt,
                 attempt.job.map_or_else(|| "-".into(), |job| job.to_string()),
                 attempt.started,
@@ -142,8 +187,7 @@ impl<'a> Report<'a> {
                 attempt.rows,
                 attempt.generated_tokens,
                 end.map_or(0, |end| end.exit_code),
-                // A cell of a table.
-                end.and_then(|end| end.cause.as_deref()).unwrap_or("-").replace('|', "\\|").replace('\n', " "),
+                cell(end.and_then(|end| end.cause.as_deref()).unwrap_or("-")),
             );
         }
         if !self.nodes_blamed.is_empty() {
@@ -151,11 +195,28 @@ impl<'a> Report<'a> {
         }
         for suspect in &self.nodes_blamed {
             let Suspect { node, until, attempt, exit_code, evidence } = suspect;
-            let evidence = evidence.replace('|', "\\|").replace('\n', " ");
-            _ = writeln!(text, "| {node} | {until} | {attempt} | {exit_code} | {evidence} |");
+            _ = writeln!(text, "| {node} | {until} | {attempt} | {exit_code} | {} |", cell(evidence));
         }
         text
     }
+}
+
+impl<'a> ReplicaEnd<'a> {
+    fn of(part: &'a Status) -> Self {
+        let end = part.end.as_ref();
+        Self {
+            run: &part.run,
+            outcome: part.phase,
+            exit_code: end.map_or(0, |end| end.exit_code),
+            cause: end.and_then(|end| end.cause.as_deref()),
+            rows_done: part.job.map_or(0, |job| job.rows_done),
+        }
+    }
+}
+
+/// As a cell of a table.
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|").replace('\n', " ")
 }
 
 /// The final record of a run whose supervisor can write none.
@@ -178,7 +239,9 @@ pub(crate) fn record_end(run_dir: &RunDir, phase: RunPhase, exit: Exit, cause: &
         Report::new(&status, &[], &attempts).write(run_dir)?;
         write_json(&run_dir.status_file(), &status)
     };
-    Ok(write().map_err(anyhow::Error::new)?)
+    write().map_err(anyhow::Error::new)?;
+    replicas::report(run_dir);
+    Ok(())
 }
 
 #[cfg(test)]

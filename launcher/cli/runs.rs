@@ -16,6 +16,9 @@ pub struct StatusArgs {
     /// Print one JSON object on stdout (with --watch, one a line)
     #[arg(long)]
     pub json: bool,
+    /// Print rows, tokens, rates and times of jobs in Prometheus' text format
+    #[arg(long, conflicts_with = "json")]
+    pub metrics: bool,
 }
 
 #[derive(Clone, Debug, Args)]

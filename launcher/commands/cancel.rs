@@ -28,7 +28,7 @@ pub(crate) fn run(args: &CancelArgs) -> Outcome {
     runs.iter().try_for_each(|run_dir| cancel(run_dir, args.now))
 }
 
-fn cancel(run_dir: &RunDir, now: bool) -> Outcome {
+pub(super) fn cancel(run_dir: &RunDir, now: bool) -> Outcome {
     let name = run_dir.name();
     let spec = run_dir.spec()?;
     let parts = replicas::of(run_dir, &spec);

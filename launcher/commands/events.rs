@@ -1,3 +1,5 @@
+use serde_json::Value;
+
 use crate::cli::EventsArgs;
 use crate::events::Event;
 use crate::observe::Observer;
@@ -10,8 +12,9 @@ use crate::tail::Tail;
 
 pub(crate) fn run(args: &EventsArgs) -> Outcome {
     let run_dir = find_run(&args.run)?;
-    replicas::check_single(&run_dir)?;
-    let mut journal = Tail::new(run_dir.events_file());
+    let runs = replicas::each(&run_dir)?;
+    let mut journals: Vec<_> = runs.iter().map(|run| (run.name(), Tail::new(run.events_file()))).collect();
+    let several = journals.len() > 1;
     let mut observer = Observer::new(&run_dir)?;
     let mut noted = None;
     loop {
@@ -25,13 +28,24 @@ pub(crate) fn run(args: &EventsArgs) -> Outcome {
             }
             status.phase.is_end()
         };
-        for line in journal.lines().map_err(anyhow::Error::new)? {
-            let event = serde_json::from_str::<Event>(&line);
-            let shown = match event {
-                Ok(event) if !args.json => event.line(),
-                _ => line,
-            };
-            if !print_line(shown)? {
+        let mut lines = Vec::new();
+        for (run, journal) in &mut journals {
+            for line in journal.lines().map_err(anyhow::Error::new)? {
+                let event = serde_json::from_str::<Event>(&line).ok();
+                let shown = match &event {
+                    Some(event) if !args.json => event.line(),
+                    _ => line,
+                };
+                let shown = if several { of_replica(run, shown, args.json) } else { shown };
+                lines.push((event.map(|event| event.time), shown));
+            }
+        }
+        // Those of one run are in order, and stay so.
+        if several {
+            lines.sort_by_key(|(time, _)| *time);
+        }
+        for (_, line) in lines {
+            if !print_line(line)? {
                 return Ok(());
             }
         }
@@ -39,5 +53,16 @@ pub(crate) fn run(args: &EventsArgs) -> Outcome {
             return Ok(());
         }
         std::thread::sleep(POLL);
+    }
+}
+
+/// A replica's event, with its name.
+fn of_replica(run: &str, line: String, is_json: bool) -> String {
+    match serde_json::from_str::<Value>(&line) {
+        Ok(Value::Object(mut event)) if is_json => {
+            event.insert("run".into(), run.into());
+            Value::from(event).to_string()
+        }
+        _ => format!("{run} {line}"),
     }
 }

@@ -6,7 +6,7 @@ use crate::env::Environment;
 use crate::fabric;
 use crate::host::Host;
 use crate::replicas;
-use crate::report::{Outcome, print_json, print_line};
+use crate::report::{Exit, Failure, Outcome, print_json, print_line};
 use crate::resolve::{self, Resolved};
 use crate::rundir::RunDir;
 use crate::start::{Output, detached, foreground, launched};
@@ -14,7 +14,8 @@ use crate::state::Endpoint;
 use crate::submit;
 use crate::supervise::{block_signals, narrate, unblock_signals};
 
-use super::wait::wait_for;
+use super::cancel::cancel;
+use super::wait::{attend_replicas, wait_for};
 
 pub(crate) fn run(args: &LaunchArgs) -> Outcome {
     let environment = Environment::of_process();
@@ -29,7 +30,6 @@ pub(crate) fn run(args: &LaunchArgs) -> Outcome {
         submit::check_only_writer(&resolved)?;
     }
     if let (Some(count), false) = (args.replicas, args.dry_run || args.test_only) {
-        unblock_signals()?;
         return launch_replicas(args, &mut resolved, count, &environment);
     }
     match resolved.spec.site.clone() {
@@ -66,28 +66,55 @@ fn say_not_passed(site: &Site, environment: &Environment) {
     }
 }
 
-/// Each is a run of its own within the run; none of them depends on this process.
+/// Each is a run of its own within the run, in a process or a job that does not depend on this one. Either all of them start or none.
 fn launch_replicas(args: &LaunchArgs, resolved: &mut Resolved, count: u32, environment: &Environment) -> Outcome {
     if let Some(site) = &resolved.spec.site {
         say_not_passed(site, environment);
     }
+    let stays = resolved.spec.site.is_none() && !args.detach && args.wait.is_none();
+    if !stays {
+        unblock_signals()?;
+    }
     let (run_dir, parts) = replicas::divide(resolved, count)?;
-    for mut part in parts {
+    let mut started = Vec::new();
+    for part in parts {
         let name = part.spec.name.clone();
-        match part.spec.site.clone() {
-            Some(site) => {
-                let (_, job) = submit::submit(&mut part, &site, environment)?;
-                narrate(&format!("{name}: job {}", job.id));
+        match start_replica(part, environment) {
+            Ok((part, how)) => {
+                narrate(&format!("{name}: {how}"));
+                started.push(part);
             }
-            None => {
-                detached(part)?;
-                narrate(&format!("{name}: started here"));
-            }
+            Err(failure) => return Err(undo(&run_dir, &name, failure, &started)),
         }
     }
     follow(args, &run_dir, None)?;
-    let stays = resolved.spec.site.is_none() && !args.detach && args.wait.is_none();
-    if stays { wait_for(&run_dir, WaitFor::Done, None) } else { Ok(()) }
+    if stays { attend_replicas(&run_dir) } else { Ok(()) }
+}
+
+fn start_replica(mut part: Resolved, environment: &Environment) -> Outcome<(RunDir, String)> {
+    Ok(match part.spec.site.clone() {
+        Some(site) => {
+            let (run_dir, job) = submit::submit(&mut part, &site, environment)?;
+            (run_dir, format!("job {}", job.id))
+        }
+        None => (detached(part)?, "started here".into()),
+    })
+}
+
+/// Ends the replicas that were `started` before one could not be; the run's name can be used again.
+fn undo(run_dir: &RunDir, name: &str, failure: Failure, started: &[RunDir]) -> Failure {
+    let Failure { exit, error, hints } = failure;
+    let error = error.context(format!("replica {name} cannot be started, so none of run {} is", run_dir.name()));
+    let failure = hints.into_iter().fold(Failure::new(exit, error), Failure::hint);
+    let left: Vec<&str> = started.iter().filter(|part| cancel(part, true).is_err()).map(RunDir::name).collect();
+    if !left.is_empty() {
+        return failure.hint(format!("what was started could not be cancelled: nemotron cancel {}", left.join(" ")));
+    }
+    // Slurm may have taken a job without saying so.
+    if exit != Exit::SchedulerSilent {
+        _ = std::fs::remove_dir_all(run_dir.path());
+    }
+    failure
 }
 
 /// Says what was started, and stays as long as was asked.

@@ -1,7 +1,7 @@
 use anyhow::Context as _;
 use serde_json::json;
 
-use crate::cli::{ResumeArgs, WaitFor};
+use crate::cli::ResumeArgs;
 use crate::cluster;
 use crate::env::Environment;
 use crate::events::{Event, Journal};
@@ -21,7 +21,7 @@ use crate::state::{RunPhase, Status};
 use crate::submit;
 use crate::supervise::{block_signals, narrate, unblock_signals};
 
-use super::wait::wait_for;
+use super::wait::{attend_replicas, wait_for};
 
 pub(crate) fn run(args: &ResumeArgs) -> Outcome {
     if !args.detach {
@@ -60,7 +60,6 @@ pub(crate) fn run(args: &ResumeArgs) -> Outcome {
 
 /// Those that have ended before the whole was done; none of them depends on this process.
 fn resume_replicas(args: &ResumeArgs, run_dir: &RunDir, parts: &[RunDir]) -> Outcome {
-    unblock_signals()?;
     let name = run_dir.name();
     let status = Observer::new(run_dir)?.look()?;
     if status.phase == RunPhase::Done {
@@ -73,14 +72,19 @@ fn resume_replicas(args: &ResumeArgs, run_dir: &RunDir, parts: &[RunDir]) -> Out
         return Err(Failure::msg(Exit::Usage, format!("all replicas of run {name} go on"))
             .hint(format!("nemotron status {name}")));
     }
+    let is_local = status.replicas.iter().all(|part| part.cluster == cluster::LOCAL);
+    let stays = is_local && !args.detach && args.wait.is_none();
+    if !stays {
+        unblock_signals()?;
+    }
     for part in ended {
         let part = part.path().strip_prefix(run_dir.path()).unwrap_or(part.path()).display().to_string();
         run(&ResumeArgs { run: part, detach: true, wait: None, ..args.clone() })?;
     }
-    match (args.wait, status.replicas.iter().all(|part| part.cluster == cluster::LOCAL)) {
-        (Some(target), _) => wait_for(run_dir, target, None),
-        (None, true) if !args.detach => wait_for(run_dir, WaitFor::Done, None),
-        _ => Ok(()),
+    match args.wait {
+        Some(target) => wait_for(run_dir, target, None),
+        None if stays => attend_replicas(run_dir),
+        None => Ok(()),
     }
 }
 

@@ -22,8 +22,8 @@ pub(crate) fn run(args: &StatusArgs) -> Outcome {
     };
     loop {
         let (view, over) = match &mut observer {
-            Some(observer) => one(observer, args.json)?,
-            None => all(args.json)?,
+            Some(observer) => one(observer, args)?,
+            None => all(args)?,
         };
         if view != shown {
             // A terminal shows the newest view alone.
@@ -41,14 +41,18 @@ pub(crate) fn run(args: &StatusArgs) -> Outcome {
 }
 
 /// One run, and whether it has ended.
-fn one(observer: &mut Observer, json: bool) -> Outcome<(String, bool)> {
+fn one(observer: &mut Observer, args: &StatusArgs) -> Outcome<(String, bool)> {
     let status = observer.look()?;
-    let view = if json { serde_json::to_string(&status).map_err(anyhow::Error::new)? } else { table(&status) };
+    let view = match (args.json, args.metrics) {
+        (true, _) => serde_json::to_string(&status).map_err(anyhow::Error::new)?,
+        (_, true) => metrics(std::slice::from_ref(&status)),
+        _ => table(&status),
+    };
     Ok((view, status.phase.is_end()))
 }
 
 /// All runs, the newest last; there is always a next one, so it never ends.
-fn all(json: bool) -> Outcome<(String, bool)> {
+fn all(args: &StatusArgs) -> Outcome<(String, bool)> {
     let mut runs = Vec::new();
     for run_dir in RunDir::list(&run_root()?) {
         match Observer::new(&run_dir).and_then(|mut observer| observer.look()) {
@@ -56,8 +60,10 @@ fn all(json: bool) -> Outcome<(String, bool)> {
             Err(failure) => tracing::warn!(run = run_dir.name(), %failure, "skipped"),
         }
     }
-    let view = if json {
+    let view = if args.json {
         json!({ "schema": 1, "runs": runs }).to_string()
+    } else if args.metrics {
+        metrics(&runs)
     } else {
         let mut view = format!("{:<24} {:<6} {:<10} STATE", "RUN", "TASK", "PROFILE");
         for status in &runs {
@@ -66,6 +72,37 @@ fn all(json: bool) -> Outcome<(String, bool)> {
         view
     };
     Ok((view, false))
+}
+
+/// The jobs among the runs in Prometheus' text format.
+fn metrics(runs: &[Status]) -> String {
+    let mut text = String::new();
+    let mut family = |name, kind, help, samples: &dyn Fn(&Status) -> Vec<(&'static str, f64)>| {
+        _ = write!(text, "# HELP nemotron_job_{name} {help}\n# TYPE nemotron_job_{name} {kind}\n");
+        for status in runs.iter().filter(|status| status.job.is_some()) {
+            for (label, value) in samples(status) {
+                _ = writeln!(text, "nemotron_job_{name}{{run=\"{}\"{label}}} {value}", status.run);
+            }
+        }
+    };
+    family("rows", "gauge", "Rows of the job.", &|status| {
+        let job = status.job.unwrap_or_default();
+        let states = [",state=\"total\"", ",state=\"done\"", ",state=\"failed\""];
+        states.into_iter().zip([job.rows_total, job.rows_done, job.rows_failed].map(|rows| rows as f64)).collect()
+    });
+    family("tokens_total", "counter", "Tokens of the rows that are done.", &|status| {
+        let job = status.job.unwrap_or_default();
+        let kinds = [",kind=\"prompt\"", ",kind=\"generated\""];
+        kinds.into_iter().zip([job.prompt_tokens, job.completion_tokens].map(|tokens| tokens as f64)).collect()
+    });
+    family("tokens_per_second", "gauge", "Tokens generated.", &|status| vec![("", status.tokens_per_second)]);
+    family("eta_seconds", "gauge", "Until the last row is done.", &|status| {
+        status.eta_s.map(|eta| ("", eta)).into_iter().collect()
+    });
+    family("paused", "gauge", "1 while journal or output cannot be written.", &|status| {
+        vec![("", f64::from(status.job.unwrap_or_default().paused))]
+    });
+    text.trim_end().to_owned()
 }
 
 fn table(status: &Status) -> String {

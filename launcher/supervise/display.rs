@@ -113,6 +113,9 @@ pub(crate) fn line(status: &Status) -> String {
             if job.rows_failed > 0 {
                 _ = write!(line, ", {} failed", job.rows_failed);
             }
+            if job.paused {
+                line += ", paused: journal or output cannot be written";
+            }
         } else {
             _ = write!(line, " {} running, {} waiting", status.stats.running, status.stats.waiting);
         }

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use self::attempt::{Ended, Supervisor};
 pub(crate) use self::display::{Display, is_quiet, line, narrate, span};
@@ -214,6 +215,21 @@ pub(crate) fn block_signals() -> Outcome {
 /// For a command that supervises nothing after all.
 pub(crate) fn unblock_signals() -> Outcome {
     Ok(signals().thread_unblock().context("cannot unblock signals")?)
+}
+
+/// Signals that came since [`block_signals`], for a command that waits for other processes.
+pub(crate) struct PendingSignals(SignalFd);
+
+impl PendingSignals {
+    pub(crate) fn new() -> Outcome<Self> {
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        Ok(Self(SignalFd::with_flags(&signals(), flags).context("cannot watch for signals")?))
+    }
+
+    pub(crate) fn next(&self) -> Outcome<Option<Signal>> {
+        let signal = self.0.read_signal().context("cannot read a signal")?;
+        Ok(signal.and_then(|signal| Signal::try_from(signal.ssi_signo as i32).ok()))
+    }
 }
 
 /// What the supervisor reacts to.

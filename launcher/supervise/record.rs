@@ -13,6 +13,7 @@ use super::verdict::{Fault, Verdict};
 use crate::attempts::Attempt;
 use crate::events::{Event, Journal, now};
 use crate::process::ProcessId;
+use crate::replicas;
 use crate::report::Outcome;
 use crate::rundir::{RunDir, write_json};
 use crate::spec::RunSpec;
@@ -195,6 +196,7 @@ impl<'a> Record<'a> {
         self.event(event);
         // Last, so that whoever waits for it finds everything else.
         self.write_status();
+        replicas::report(self.run_dir);
         self.display.finish();
         // A rank that could say why it failed has said it.
         if let (RunPhase::Failed, Some(rank)) = (verdict.phase, verdict.rank)
