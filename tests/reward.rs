@@ -84,6 +84,19 @@ fn a_job_scores_what_another_has_answered() {
     assert!(fs::read(home.join("scores.jsonl")).expect("an output") == text);
     fs::remove_file(home.join("scores.jsonl")).expect("it was there");
 
+    // The same through tables, where rows that lack a column have a null there.
+    write_job(home, "answer-table.toml", &answer.replace("answers.jsonl", "answers.parquet"));
+    let (code, _, stderr) = run(&["batch", "--job", "answer-table.toml"]);
+    assert_eq!(code, 0, "{stderr}");
+    let score_table = score.replace("answers.jsonl", "answers.parquet").replace("scores.jsonl", "scores.parquet");
+    write_job(home, "score-table.toml", &score_table);
+    let (code, _, stderr) = run(&["batch", "--job", "score-table.toml", "--model", &model]);
+    assert_eq!(code, 0, "{stderr}");
+    let (code, stdout, stderr) = run(&["results", "latest", "stats"]);
+    assert!(code == 0 && stdout.contains("6 of 6, 2 failed"), "{stdout}{stderr}");
+    let (code, stdout, stderr) = run(&["results", "latest", "verify"]);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+
     // Of each kind of model only its own jobs.
     let (code, _, stderr) = run(&["batch", "--job", "score.toml"]);
     assert!(code == 2 && stderr.contains("has [reward], but") && stderr.contains("--model"), "{code}: {stderr}");

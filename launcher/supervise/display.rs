@@ -134,7 +134,7 @@ pub(crate) fn line(status: &Status) -> String {
     }
     if let Some(until) = status.until.filter(|_| status.phase.is_up()) {
         let left = until.duration_since(Timestamp::now()).as_secs_f64();
-        _ = write!(line, "  (allocation ends in {})", span(left.max(0.0)));
+        _ = write!(line, "  (allocation ends in {}{})", span(left.max(0.0)), part_by(status, left));
     }
     if let Some(deadline) = status.deadline {
         let left = deadline.duration_since(Timestamp::now()).as_secs_f64();
@@ -150,6 +150,14 @@ pub(crate) fn line(status: &Status) -> String {
     line
 }
 
+/// Which part of a job's rows will be done in so many seconds, if that is not all of them.
+fn part_by(status: &Status, seconds: f64) -> String {
+    let (Some(job), Some(eta)) = (status.job, status.eta_s.filter(|&eta| eta > seconds)) else { return String::new() };
+    let rows_left = job.rows_total.saturating_sub(job.rows_done) as f64;
+    let done = job.rows_done as f64 + rows_left * (seconds.max(0.0) / eta);
+    format!(", about {:.0} % of the rows will be done", 100.0 * done / job.rows_total.max(1) as f64)
+}
+
 /// `1h02m`, `3m20s` or `12s`.
 pub(crate) fn span(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
@@ -157,5 +165,23 @@ pub(crate) fn span(seconds: f64) -> String {
         0..60 => format!("{seconds}s"),
         60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
         _ => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nemotron_engine::job::JobProgress;
+
+    use super::*;
+    use crate::spec::testing::serve_spec;
+
+    #[test]
+    fn the_part_that_the_time_is_enough_for_is_said() {
+        let mut status = Status::pending(&serve_spec("run"), 0);
+        status.job = Some(JobProgress { rows_total: 1000, rows_done: 200, ..JobProgress::default() });
+        status.eta_s = Some(400.0);
+        assert_eq!(part_by(&status, 100.0), ", about 40 % of the rows will be done");
+        assert_eq!(part_by(&status, -1.0), ", about 20 % of the rows will be done");
+        assert_eq!(part_by(&status, 500.0), "");
     }
 }

@@ -21,8 +21,8 @@ enum Kind {
     Integer,
     Number,
     Text,
-    List(Box<Kind>),
-    Object(Vec<(String, Kind)>),
+    List(Box<Self>),
+    Object(Vec<(String, Self)>),
 }
 
 impl Columns {
