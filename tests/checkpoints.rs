@@ -82,6 +82,15 @@ fn the_metadata_of_the_340b_alone_gives_its_parameters_and_the_reading_plan_of_e
     let (code, stdout, _) = finish(nemotron(home.path()).args(["inspect", "340b"]));
     assert!(code == 0 && stdout.contains("341029195776") && stdout.contains("reading plan  h100x16: tp 8 × pp 2"));
 
+    // Enough to plan for.
+    for profile in ["h100x16", "h200x8"] {
+        let (code, stdout, stderr) =
+            finish(nemotron(home.path()).args(["plan", "--profile", profile, "--model", "340b", "--json"]));
+        assert_eq!(code, 0, "{profile}: {stderr}");
+        let plan: Value = serde_json::from_str(&stdout).unwrap();
+        assert_eq!((&plan["parameters"], &plan["fits"]), (&json!(341_029_195_776_u64), &json!(true)), "{profile}");
+    }
+
     // Weights that are not there are found before anything is started.
     let (code, _, stderr) = finish(nemotron(home.path()).args(["inspect", "340b", "--verify"]));
     assert!(code == 22 && stderr.contains("word_embeddings.weight/0.0"), "{stderr}");

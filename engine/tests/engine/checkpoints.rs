@@ -2,7 +2,8 @@
 
 use super::support::{LIMITS, Output, engine, fixtures, floats, generate, greedy, ids, json};
 use nemotron_engine::backend::ComputeType;
-use nemotron_engine::checkpoint::{self, CheckpointError, Manifest, Target};
+use nemotron_engine::chat::{ChatTemplate, Message, Role};
+use nemotron_engine::checkpoint::{self, CheckpointError, Manifest, Target, TensorName};
 use nemotron_engine::config::Mesh;
 use nemotron_engine::rank::ModelSource;
 use nemotron_engine::request::{LogprobSpec, Request};
@@ -135,4 +136,70 @@ fn a_stopped_conversion_goes_on_and_a_foreign_directory_is_left_alone() {
 
     std::fs::write(again.path().join("mine"), "").unwrap();
     assert!(checkpoint::convert(&*source, target, again.path(), &|_, _| {}).is_err());
+}
+
+fn copied(name: &str) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(fixtures().join("foreign").join(name)).unwrap().map(Result::unwrap) {
+        std::fs::copy(entry.path(), directory.path().join(entry.file_name())).unwrap();
+    }
+    directory
+}
+
+#[test]
+fn modelopts_fp8_is_that_of_others_under_another_name() {
+    let read = |model: &ModelSource| {
+        let source = checkpoint::open(model).unwrap();
+        let bits = |name| source.tensor(name).unwrap().to_f32().into_iter().map(f32::to_bits);
+        TensorName::all(source.config()).flat_map(bits).collect::<Vec<_>>()
+    };
+    let expected = read(&foreign("fp8-tensor"));
+    let with = |quantization: Option<serde_json::Value>| {
+        let directory = copied("fp8-tensor");
+        let file = directory.path().join("config.json");
+        let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        let config_fields = config.as_object_mut().unwrap();
+        config_fields.remove("quantization_config");
+        config_fields.extend(quantization.map(|quantization| ("quantization_config".to_owned(), quantization)));
+        std::fs::write(file, config.to_string()).unwrap();
+        directory
+    };
+    let producer = serde_json::json!({"name": "modelopt", "version": "0.47.0"});
+    let new = serde_json::json!({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "producer": producer});
+    assert!(read(&path(&with(Some(new)))) == expected);
+    // Its older exports say so in a file beside the configuration.
+    let old = with(None);
+    let text = serde_json::json!({"producer": producer, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}});
+    std::fs::write(old.path().join("hf_quant_config.json"), text.to_string()).unwrap();
+    assert!(read(&path(&old)) == expected);
+    let other = serde_json::json!({"quant_method": "modelopt", "quant_algo": "NVFP4"});
+    let error = checkpoint::open(&path(&with(Some(other)))).err().unwrap();
+    assert!(std::error::Error::source(&error).unwrap().to_string().contains("quant_algo is NVFP4"), "{error:?}");
+}
+
+#[test]
+fn the_chat_template_of_a_gguf_file_is_read_and_converted() {
+    let template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}";
+    let key = "tokenizer.chat_template";
+    let mut entry = [&(key.len() as u64).to_le_bytes()[..], key.as_bytes(), &8_u32.to_le_bytes()].concat();
+    // Weights are aligned to 32 bytes behind the header, and stay where they are.
+    let text = format!("{template:width$}", width = template.len() + 32 - (entry.len() + 8 + template.len()) % 32);
+    entry.extend([&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat());
+    let mut bytes = std::fs::read(fixtures().join("foreign/llama.cpp-bf16.gguf")).unwrap();
+    let keys = u64::from_le_bytes(bytes[16..24].try_into().unwrap()) + 1;
+    bytes[16..24].copy_from_slice(&keys.to_le_bytes());
+    bytes.splice(24..24, entry);
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("model.gguf");
+    std::fs::write(&file, bytes).unwrap();
+    let source = checkpoint::open(&ModelSource::Path(file.clone())).unwrap();
+    assert_eq!(source.chat_template().as_deref(), Some(&*text));
+    let messages = [Message { role: Role::User, content: "Sing.".into() }];
+    let render = |template: ChatTemplate| template.render(&messages, "", "").unwrap().trim_end().to_owned();
+    assert_eq!(render(ChatTemplate::from_source(&text, "test").unwrap()), "[user] Sing.");
+    let converted = converted(&ModelSource::Path(file), Target::HuggingFace { shard_bytes: u64::MAX });
+    assert_eq!(render(ChatTemplate::for_checkpoint(Some(converted.path())).unwrap()), "[user] Sing.");
+    let cases = &json("foreign/expected.json")["bf16"];
+    let mesh = Mesh { tp: 1, pp: 1 };
+    assert_eq!(outputs(&path(&converted), mesh, cases), outputs(&foreign("transformers"), mesh, cases));
 }
