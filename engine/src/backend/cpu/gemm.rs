@@ -6,17 +6,20 @@
 
 use std::ops::Range;
 
-use super::matrix::{PANEL, Panel, Run};
+use super::matrix::{PANEL, Panel};
 use super::product::Product;
 use super::simd::{Kernel, Simd};
-use super::twelve_bits::STEP_BYTES;
 
 /// Rows of x that one task multiplies: their partial sums stay in the cache.
 pub(super) const ROW_BLOCK: usize = 512;
 /// Steps after which the next rows take their turn: the weights of so many stay in the cache for all of them.
 const STEP_BLOCK: usize = 512;
-/// With more rows than this, steps are decoded once for all tiles.
-const MAX_ROWS_DECODING: usize = 24;
+/// The same for few rows, whose sums are quickly put aside: decoded weights then stay in the nearest cache.
+const SHORT_STEP_BLOCK: usize = 64;
+/// Few rows.
+const SHORT_BLOCK_ROWS: usize = 64;
+/// Steps by which weights are asked for ahead of their use.
+const PREFETCH: usize = 48;
 /// Logarithm of the largest number of chunks.
 const MAX_LEVELS: usize = 7;
 
@@ -83,17 +86,17 @@ pub(super) struct Gemm<'a, P: Product> {
     pub(super) out_stride: usize,
     /// Room for [`sums_len`] numbers.
     pub(super) sums: &'a mut [f32],
-    /// Room for [`DECODED_LEN`] words.
-    pub(super) decoded: &'a mut [u32],
+    /// Room for [`DECODED_STEPS`].
+    pub(super) decoded: &'a mut [[u32; PANEL]],
 }
-
-/// Words of decoded steps that a task needs room for.
-pub(super) const DECODED_LEN: usize = STEP_BLOCK * PANEL;
 
 /// Numbers that a task needs for its sums.
 pub(super) fn sums_len(rows: usize, chunks: usize) -> usize {
     (chunks.trailing_zeros() as usize + 1) * rows * PANEL
 }
+
+/// Steps that a task needs room for to decode them.
+pub(super) const DECODED_STEPS: usize = STEP_BLOCK;
 
 impl<P: Product> Kernel for Gemm<'_, P> {
     #[inline(always)]
@@ -105,27 +108,25 @@ impl<P: Product> Kernel for Gemm<'_, P> {
         assert!(chunks.is_power_of_two() && chunks <= 1 << MAX_LEVELS && steps.is_multiple_of(chunks));
         let width = steps / chunks;
         let (sums, len, decoded) = (self.sums, rows * PANEL, self.decoded);
+        let step_block =
+            if rows <= SHORT_BLOCK_ROWS && !is_one_tile::<S>(rows) { SHORT_STEP_BLOCK } else { STEP_BLOCK };
         for chunk in 0..chunks {
             let mut level = 0;
             // Sums of 2, 4, … chunks are completed as a binary counter carries: this chunk's go behind those that it completes.
             let target = chunk.trailing_ones() as usize;
             let (earlier, part) = sums.split_at_mut(target * len);
             let part = &mut part[..len];
-            for start in (0..width).step_by(STEP_BLOCK) {
+            for start in (0..width).step_by(step_block) {
                 let first = chunk * width + start;
-                let range = first..first + STEP_BLOCK.min(width - start);
+                let range = first..first + step_block.min(width - start);
                 let x = &x[first * P::STEP..];
-                let mut block = Block::<P> { x, x_stride, rows, panel, range, is_first: start == 0, sums: part };
-                let run;
-                if rows > MAX_ROWS_DECODING && panel.is_encoded() {
-                    run = Run::all(block.range.len());
-                    // SAFETY: the CPU has S.
-                    unsafe { Decode { panel: &panel, steps: block.range, to: decoded }.run::<S>() };
-                    block.panel = Panel::plain(panel.columns, panel.exponents, &run, decoded);
-                    block.range = 0..run.len;
-                }
+                let is_decoded_once = !panel.codes.is_empty() && !is_one_tile::<S>(rows);
+                let decoded = is_decoded_once.then_some(&mut decoded[..range.len()]);
+                let block = Block::<P> { x, x_stride, rows, panel, range, decoded, is_first: start == 0, sums: part };
                 // SAFETY: the CPU has S, and the operands were measured above.
-                unsafe { if S::WIDE { block.multiply::<S, 12, 2>() } else { block.multiply::<S, 4, 1>() } }
+                unsafe {
+                    if S::WIDE { block.multiply::<S, WIDE_ROWS, 2>() } else { block.multiply::<S, NARROW_ROWS, 1>() }
+                }
             }
             while level < target {
                 for (sum, earlier) in part.iter_mut().zip(&earlier[level * len..]) {
@@ -155,37 +156,13 @@ impl<P: Product> Kernel for Gemm<'_, P> {
     }
 }
 
-/// Writes the words of some steps.
-pub(super) struct Decode<'a> {
-    pub(super) panel: &'a Panel<'a>,
-    pub(super) steps: Range<usize>,
-    /// [steps, PANEL], or more.
-    pub(super) to: &'a mut [u32],
-}
+/// Rows of the largest tile with 32 registers, and with 16.
+const WIDE_ROWS: usize = 12;
+const NARROW_ROWS: usize = 4;
 
-impl Kernel for Decode<'_> {
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        // SAFETY: the CPU has S.
-        let exponents = unsafe { S::exponents(&self.panel.exponents.by_code) };
-        let mut to = self.to;
-        for (codes, words) in self.panel.pieces(self.steps) {
-            let codes = codes.as_chunks::<STEP_BYTES>().0;
-            let (decoded, rest) = to.split_at_mut(codes.len() * PANEL);
-            for (to, step) in decoded.as_chunks_mut::<PANEL>().0.iter_mut().zip(codes) {
-                for half in [0, 1] {
-                    // SAFETY: the CPU has S, and both halves have 16 words.
-                    unsafe {
-                        let words = S::as_f32(S::decode(step, half, exponents));
-                        S::store(to[16 * half..].as_mut_ptr().cast(), words);
-                    }
-                }
-            }
-            let (copied, rest) = rest.split_at_mut(words.len());
-            copied.copy_from_slice(words);
-            to = rest;
-        }
-    }
+fn is_one_tile<S: Simd>(rows: usize) -> bool {
+    let max = if S::WIDE { WIDE_ROWS } else { NARROW_ROWS };
+    rows == max || rows < max && rows.is_power_of_two()
 }
 
 /// All rows with some steps of a panel.
@@ -195,6 +172,8 @@ struct Block<'a, P: Product> {
     rows: usize,
     panel: Panel<'a>,
     range: Range<usize>,
+    /// Where the first tile leaves the words that it decodes, for the next ones.
+    decoded: Option<&'a mut [[u32; PANEL]]>,
     /// The sums begin here, else they go on.
     is_first: bool,
     /// [rows, PANEL]
@@ -238,8 +217,10 @@ impl<P: Product> Block<'_, P> {
     /// As `multiply`; `row + MR` rows exist.
     #[inline(always)]
     unsafe fn tile<S: Simd, const MR: usize, const NV: usize>(&mut self, row: usize) {
+        let mut decoded = self.decoded.take();
+        let keep = decoded.as_mut().map_or(std::ptr::null_mut(), |words| words.as_mut_ptr());
         for first_half in (0..2).step_by(NV) {
-            // SAFETY: by this method's contract.
+            // SAFETY: by this method's contract, and the words that are kept have room.
             unsafe {
                 S::call(Tile::<P, MR, NV> {
                     x: self.x.as_ptr().add(row * self.x_stride),
@@ -247,10 +228,15 @@ impl<P: Product> Block<'_, P> {
                     panel: self.panel,
                     range: self.range.clone(),
                     first_half,
+                    keep,
                     is_first: self.is_first,
                     sums: self.sums[row * PANEL + 16 * first_half..].as_mut_ptr(),
                 });
             }
+        }
+        if let Some(words) = decoded {
+            self.panel = Panel { steps: words.len(), codes: &[], others: &[], words, ..self.panel };
+            self.range = 0..words.len();
         }
     }
 }
@@ -262,6 +248,8 @@ struct Tile<'a, P: Product, const MR: usize, const NV: usize> {
     panel: Panel<'a>,
     range: Range<usize>,
     first_half: usize,
+    /// [steps] for the words that are decoded, or null.
+    keep: *mut [u32; PANEL],
     is_first: bool,
     sums: *mut f32,
 }
@@ -279,25 +267,49 @@ impl<P: Product, const MR: usize, const NV: usize> Kernel for Tile<'_, P, MR, NV
                     }
                 }
             }
-            let exponents = S::exponents(&self.panel.exponents.by_code);
             let mut x = self.x;
-            for (codes, words) in self.panel.pieces(self.range) {
-                if P::STEP == 2 {
-                    for step in codes.as_chunks::<STEP_BYTES>().0 {
-                        let mut w = [P::weights::<S>(S::decode(step, self.first_half, exponents)); NV];
-                        for v in 1..NV {
-                            w[v] = P::weights::<S>(S::decode(step, self.first_half + v, exponents));
-                        }
-                        x = add_step::<S, P, MR, NV>(x, self.x_stride, w, &mut sums);
+            // What the compiler knows about two halves it need not ask in the loop.
+            let first_half = if NV == 2 { 0 } else { self.first_half };
+            let Panel { codes, others, words, .. } = self.panel;
+            if codes.is_empty() {
+                for words in &words[self.range] {
+                    if MR >= 8 {
+                        prefetch::<S, _>(words);
                     }
+                    let words = words.as_ptr().add(16 * first_half);
+                    x = add_step::<S, P, MR, NV>(x, self.x_stride, load::<S, NV>(words), &mut sums);
                 }
-                for words in words.as_chunks::<PANEL>().0 {
-                    let words = words.as_ptr().add(16 * self.first_half);
-                    let mut w = [P::weights::<S>(S::load_pairs(words.cast())); NV];
-                    for v in 1..NV {
-                        w[v] = P::weights::<S>(S::load_pairs(words.add(16 * v).cast()));
+            } else if P::STEP == 2 {
+                let exponents = S::exponents(&self.panel.exponents.by_code);
+                let other = others.partition_point(|other| (*other as usize) < self.range.start);
+                let mut others = others[other..].iter().zip(&words[other..]);
+                let mut other = others.next();
+                let (mut step, mut keep) = (self.range.start as u32, self.keep);
+                for codes in &codes[self.range] {
+                    if MR >= 8 {
+                        prefetch::<S, _>(codes);
                     }
-                    x = add_step::<S, P, MR, NV>(x, self.x_stride, w, &mut sums);
+                    let pairs = match other {
+                        Some((other_step, words)) if *other_step == step => {
+                            other = others.next();
+                            load::<S, NV>(words.as_ptr().add(16 * first_half))
+                        }
+                        _ => {
+                            let mut pairs = [S::decode(codes, first_half, exponents); NV];
+                            for v in 1..NV {
+                                pairs[v] = S::decode(codes, first_half + v, exponents);
+                            }
+                            pairs
+                        }
+                    };
+                    if !keep.is_null() {
+                        for v in 0..NV {
+                            S::store(keep.cast::<f32>().add(16 * (first_half + v)), S::as_f32(pairs[v]));
+                        }
+                        keep = keep.add(1);
+                    }
+                    x = add_step::<S, P, MR, NV>(x, self.x_stride, pairs, &mut sums);
+                    step += 1;
                 }
             }
             for r in 0..MR {
@@ -309,6 +321,34 @@ impl<P: Product, const MR: usize, const NV: usize> Kernel for Tile<'_, P, MR, NV
     }
 }
 
+/// Asks for what lies some steps behind this one.
+///
+/// # Safety
+/// The CPU has S.
+#[inline(always)]
+unsafe fn prefetch<S: Simd, T>(step: &T) {
+    let ahead = std::ptr::from_ref(step).wrapping_add(PREFETCH).cast::<u8>();
+    // SAFETY: by this function's contract.
+    unsafe {
+        S::prefetch(ahead);
+        S::prefetch(ahead.wrapping_add(64));
+    }
+}
+
+/// # Safety
+/// The CPU has S; NV vectors of words can be read.
+#[inline(always)]
+unsafe fn load<S: Simd, const NV: usize>(words: *const u32) -> [S::Pairs; NV] {
+    // SAFETY: by this function's contract.
+    unsafe {
+        let mut pairs = [S::load_pairs(words.cast()); NV];
+        for v in 1..NV {
+            pairs[v] = S::load_pairs(words.add(16 * v).cast());
+        }
+        pairs
+    }
+}
+
 /// Adds the products of a step; returns where x goes on.
 ///
 /// # Safety
@@ -317,11 +357,15 @@ impl<P: Product, const MR: usize, const NV: usize> Kernel for Tile<'_, P, MR, NV
 unsafe fn add_step<S: Simd, P: Product, const MR: usize, const NV: usize>(
     x: *const P::X,
     x_stride: usize,
-    w: [P::Weights<S>; NV],
+    pairs: [S::Pairs; NV],
     sums: &mut [[S::F32; NV]; MR],
 ) -> *const P::X {
     // SAFETY: by this function's contract.
     unsafe {
+        let mut w = [P::weights::<S>(pairs[0]); NV];
+        for v in 1..NV {
+            w[v] = P::weights::<S>(pairs[v]);
+        }
         for r in 0..MR {
             for v in 0..NV {
                 sums[r][v] = P::mul_add::<S>(x.add(r * x_stride), w[v], sums[r][v]);

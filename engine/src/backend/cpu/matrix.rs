@@ -1,6 +1,5 @@
 //! Weights and activations in host memory.
 
-use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use bytemuck::Pod;
@@ -104,11 +103,11 @@ pub struct Matrix {
     exponents: Exponents,
     /// [panels, steps, STEP_BYTES], or nothing.
     codes: Aligned<u8>,
-    /// The steps that are not encoded, those of each panel in order.
-    runs: Vec<Run>,
-    /// [panels + 1]: where each panel's runs begin.
-    first_runs: Vec<usize>,
-    /// [steps of all runs, PANEL]
+    /// Beside codes: the steps of each panel that are not encoded, in order.
+    others: Vec<u32>,
+    /// [panels + 1]: where each panel's begin.
+    first_others: Vec<usize>,
+    /// [others, PANEL] beside codes, else [panels, steps, PANEL].
     words: Aligned<u32>,
 }
 
@@ -117,23 +116,7 @@ pub(super) const PANEL: usize = 32;
 /// Weights whose exponents are looked at before a matrix is encoded.
 const SAMPLE: usize = 1 << 15;
 /// A matrix is encoded if fewer than one of so many steps will have to be kept as they are.
-const MIN_STEPS_PER_RUN: usize = 16;
-
-/// Steps of a panel that are not encoded.
-#[derive(Clone, Copy)]
-pub(super) struct Run {
-    first: usize,
-    pub(super) len: usize,
-    /// Index of the first one among all such steps.
-    words: usize,
-}
-
-impl Run {
-    /// The first `len` steps of a panel, whose words are all that there are.
-    pub(super) fn all(len: usize) -> Self {
-        Self { first: 0, len, words: 0 }
-    }
-}
+const MIN_STEPS_PER_OTHER: f64 = 16.0;
 
 /// Columns of y that are multiplied together: rows of W.
 #[derive(Clone, Copy)]
@@ -142,41 +125,26 @@ pub(super) struct Panel<'a> {
     pub(super) columns: usize,
     pub(super) steps: usize,
     pub(super) exponents: &'a Exponents,
-    codes: &'a [u8],
-    runs: &'a [Run],
-    words: &'a [u32],
+    /// [steps], or nothing.
+    pub(super) codes: &'a [[u8; STEP_BYTES]],
+    /// Beside codes: the steps that are not encoded, in order.
+    pub(super) others: &'a [u32],
+    /// [others] beside codes, else [steps].
+    pub(super) words: &'a [[u32; PANEL]],
 }
 
-impl<'a> Panel<'a> {
-    /// A panel of steps that are not encoded, [run.len, PANEL].
-    pub(super) fn plain(columns: usize, exponents: &'a Exponents, run: &'a Run, words: &'a [u32]) -> Self {
-        Self { columns, steps: run.len, exponents, codes: &[], runs: std::slice::from_ref(run), words }
-    }
-
-    pub(super) fn is_encoded(&self) -> bool {
-        !self.codes.is_empty()
-    }
-
-    /// Walks through the steps of a range in order, as pieces of encoded steps and words of others, either of which may be empty.
-    #[inline(always)]
-    pub(super) fn pieces(&self, range: Range<usize>) -> impl Iterator<Item = (&'a [u8], &'a [u32])> {
-        let Self { codes, runs, words, .. } = *self;
-        let first = runs.partition_point(|run| run.first + run.len <= range.start);
-        let mut at = range.start;
-        let mut next = first;
-        std::iter::from_fn(move || {
-            if at >= range.end {
-                return None;
+impl Panel<'_> {
+    /// The words of a row.
+    fn row(&self, row: usize) -> impl Iterator<Item = u32> {
+        let mut others = self.others.iter().zip(self.words).peekable();
+        (0..self.steps).map(move |step| {
+            if self.codes.is_empty() {
+                return self.words[step][row];
             }
-            let run = runs.get(next).filter(|run| run.first < range.end);
-            next += 1;
-            let (from, to) =
-                run.map_or((range.end, range.end), |run| (run.first.max(at), (run.first + run.len).min(range.end)));
-            let codes = &codes[(at * STEP_BYTES).min(codes.len())..][..(from - at) * STEP_BYTES];
-            let words =
-                run.map_or(&[][..], |run| &words[(run.words + from - run.first) * PANEL..][..(to - from) * PANEL]);
-            at = to;
-            Some((codes, words))
+            match others.next_if(|(other, _)| **other as usize == step) {
+                Some((_, words)) => words[row],
+                None => self.exponents.word(&self.codes[step], row),
+            }
         })
     }
 }
@@ -197,45 +165,41 @@ impl Matrix {
             steps,
             exponents,
             codes: Aligned::empty(),
-            runs: Vec::new(),
-            first_runs: Vec::new(),
+            others: Vec::new(),
+            first_others: vec![0; num_panels + 1],
             words: Aligned::empty(),
         };
-        let pays = |others: f64| others * (MIN_STEPS_PER_RUN as f64) < 1.0;
+        let pays = |others: f64| others * MIN_STEPS_PER_OTHER < 1.0;
         if is_bf16 && pays(missing * (2 * PANEL) as f64) {
-            let others = matrix.encode(tensor, isa, pool)?;
-            if pays(others as f64 / (num_panels * steps).max(1) as f64) {
+            matrix.encode(tensor, isa, pool)?;
+            if pays(matrix.others.len() as f64 / (num_panels * steps).max(1) as f64) {
                 return Ok(matrix);
             }
             matrix.codes = Aligned::empty();
+            matrix.others = Vec::new();
+            matrix.first_others.fill(0);
         }
         let panel_len = steps * PANEL;
         let mut words = Aligned::zeroed(num_panels * panel_len, "a weight matrix")?;
         pool.for_chunks(words.as_mut_slice(), panel_len.max(1), rows * cols, |panel, words| {
-            let words = words.as_chunks_mut::<PANEL>().0;
-            pack_panel(tensor, panel, is_bf16, isa, |step, from| words[step].copy_from_slice(from));
+            pack_panel(tensor, panel, is_bf16, isa, Target::Words(words.as_chunks_mut().0));
         });
         matrix.words = words;
-        matrix.first_runs = (0..=num_panels).collect();
-        matrix.runs = (0..num_panels).map(|panel| Run { first: 0, len: steps, words: panel * steps }).collect();
         Ok(matrix)
     }
 
-    /// Encodes all steps that can be; returns the number of the others.
-    fn encode(&mut self, tensor: &Tensor, isa: Isa, pool: &Pool) -> Result<usize, BackendError> {
+    /// Encodes all steps that can be.
+    fn encode(&mut self, tensor: &Tensor, isa: Isa, pool: &Pool) -> Result<(), BackendError> {
         let (num_panels, panel_len) = (self.num_panels(), self.steps * STEP_BYTES);
         let mut codes = Aligned::zeroed(num_panels * panel_len, "a weight matrix")?;
         let others = Mutex::new(Vec::new());
         let exponents = &self.exponents;
         pool.for_chunks(codes.as_mut_slice(), panel_len.max(1), self.rows * self.cols, |panel, codes| {
-            let codes = codes.as_chunks_mut::<STEP_BYTES>().0;
             let mut own = Vec::new();
-            pack_panel(tensor, panel, true, isa, |step, words| {
-                if !exponents.encode(words, &mut codes[step]) {
-                    own.push((panel, step, *words));
-                }
-            });
-            others.lock().unwrap_or_else(PoisonError::into_inner).append(&mut own);
+            let codes = codes.as_chunks_mut().0;
+            pack_panel(tensor, panel, true, isa, Target::Codes { exponents, codes, others: &mut own });
+            let own = own.into_iter().map(|(step, words)| (panel, step, words));
+            others.lock().unwrap_or_else(PoisonError::into_inner).extend(own);
         });
         let mut others = others.into_inner().unwrap_or_else(PoisonError::into_inner);
         others.sort_unstable_by_key(|(panel, step, _)| (*panel, *step));
@@ -243,11 +207,10 @@ impl Matrix {
         for (to, (_, _, from)) in words.as_mut_slice().as_chunks_mut::<PANEL>().0.iter_mut().zip(&others) {
             *to = *from;
         }
-        self.first_runs = (0..=num_panels).map(|panel| others.partition_point(|other| other.0 < panel)).collect();
-        self.runs =
-            others.iter().enumerate().map(|(words, (_, step, _))| Run { first: *step, len: 1, words }).collect();
+        self.first_others = (0..=num_panels).map(|panel| others.partition_point(|other| other.0 < panel)).collect();
+        self.others = others.iter().map(|(_, step, _)| *step).collect();
         (self.codes, self.words) = (codes, words);
-        Ok(others.len())
+        Ok(())
     }
 
     pub(super) fn num_panels(&self) -> usize {
@@ -255,25 +218,24 @@ impl Matrix {
     }
 
     pub(super) fn panel(&self, index: usize) -> Panel<'_> {
-        let codes = self.codes.as_slice();
-        let len = if codes.is_empty() { 0 } else { self.steps * STEP_BYTES };
+        let steps = index * self.steps..(index + 1) * self.steps;
+        let (codes, words) = (self.codes.as_slice().as_chunks().0, self.words.as_slice().as_chunks().0);
+        let others = self.first_others[index]..self.first_others[index + 1];
+        let is_encoded = !codes.is_empty();
         Panel {
             columns: PANEL.min(self.rows - index * PANEL),
             steps: self.steps,
             exponents: &self.exponents,
-            codes: &codes[index * len..][..len],
-            runs: &self.runs[self.first_runs[index]..self.first_runs[index + 1]],
-            words: self.words.as_slice(),
+            codes: if is_encoded { &codes[steps.clone()] } else { &[] },
+            others: &self.others[others.clone()],
+            words: &words[if is_encoded { others } else { steps }],
         }
     }
 
     /// Copies a row, widened.
     pub(super) fn widen_row(&self, row: usize, out: &mut [f32]) {
-        let (panel, row) = (self.panel(row / PANEL), row % PANEL);
-        let mut words = panel.pieces(0..panel.steps).flat_map(|(codes, words)| {
-            let codes = codes.as_chunks::<STEP_BYTES>().0.iter().map(move |step| panel.exponents.word(step, row));
-            codes.chain(words.iter().skip(row).step_by(PANEL).copied())
-        });
+        let panel = self.panel(row / PANEL);
+        let words = panel.row(row % PANEL);
         if self.is_bf16 {
             for (out, word) in out.chunks_mut(2).zip(words) {
                 for (out, bits) in out.iter_mut().zip([word as u16, (word >> 16) as u16]) {
@@ -281,7 +243,9 @@ impl Matrix {
                 }
             }
         } else {
-            out.fill_with(|| words.next().map_or(0.0, f32::from_bits));
+            for (out, word) in out.iter_mut().zip(words) {
+                *out = f32::from_bits(word);
+            }
         }
     }
 }
@@ -295,12 +259,23 @@ fn sample(tensor: &Tensor) -> impl Iterator<Item = u16> {
     })
 }
 
-/// Calls `op` with every step of a panel, and says that its bytes are no longer needed.
-fn pack_panel(tensor: &Tensor, panel: usize, is_bf16: bool, isa: Isa, op: impl FnMut(usize, &[u32; PANEL])) {
+/// Where the steps of a panel go.
+enum Target<'a> {
+    Words(&'a mut [[u32; PANEL]]),
+    /// What cannot be encoded is appended to `others`, with its step.
+    Codes {
+        exponents: &'a Exponents,
+        codes: &'a mut [[u8; STEP_BYTES]],
+        others: &'a mut Vec<(u32, [u32; PANEL])>,
+    },
+}
+
+/// Packs a panel, and says that its bytes are no longer needed.
+fn pack_panel(tensor: &Tensor, panel: usize, is_bf16: bool, isa: Isa, target: Target) {
     let last = tensor.rows() - 1;
     let sources = std::array::from_fn(|i| RowSource::find(tensor, (panel * PANEL + i).min(last)));
     let steps = if is_bf16 { tensor.cols().div_ceil(2) } else { tensor.cols() };
-    isa.run(Pack { sources: &sources, is_bf16, steps, op });
+    isa.run(Pack { sources: &sources, is_bf16, steps, target });
     for rows in sources.chunk_by(|a, b| std::ptr::eq(a.block, b.block)) {
         let (block, first, last) = (rows[0].block, rows[0].row, rows[rows.len() - 1].row);
         let (size, start) = (block.dtype.size(), block.offset);
@@ -327,17 +302,17 @@ impl<'a> RowSource<'a> {
 }
 
 /// Puts the words of each step of one panel together.
-struct Pack<'a, F> {
+struct Pack<'a> {
     sources: &'a [RowSource<'a>; PANEL],
     is_bf16: bool,
     steps: usize,
-    op: F,
+    target: Target<'a>,
 }
 
-impl<F: FnMut(usize, &[u32; PANEL])> Kernel for Pack<'_, F> {
+impl Kernel for Pack<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { sources, is_bf16, steps, mut op } = self;
+        let Self { sources, is_bf16, steps, mut target } = self;
         // Rows that are there as they are needed, and copies of the others.
         let wanted = if is_bf16 { Dtype::Bf16 } else { Dtype::F32 };
         let converted: Vec<Vec<u8>> = sources
@@ -381,8 +356,16 @@ impl<F: FnMut(usize, &[u32; PANEL])> Kernel for Pack<'_, F> {
                     }
                 }
             }
-            for (i, words) in block.iter().enumerate().take(steps - step) {
-                op(step + i, words);
+            let len = 16.min(steps - step);
+            match &mut target {
+                Target::Words(words) => words[step..step + len].copy_from_slice(&block[..len]),
+                Target::Codes { exponents, codes, others } => {
+                    for (i, (words, codes)) in block.iter().zip(&mut codes[step..step + len]).enumerate() {
+                        if !exponents.encode(words, codes) {
+                            others.push(((step + i) as u32, *words));
+                        }
+                    }
+                }
             }
         }
     }

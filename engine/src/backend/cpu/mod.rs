@@ -28,7 +28,7 @@ pub use self::matrix::{Buffer, Matrix};
 
 use self::attention::{Attention, Cache, Layout, Scratch};
 use self::elementwise::{Add, Append, LayerNorm, RopeTable, Round};
-use self::gemm::{DECODED_LEN, Gemm, Output, ROW_BLOCK, sums_len};
+use self::gemm::{DECODED_STEPS, Gemm, Output, ROW_BLOCK, sums_len};
 use self::matrix::{Aligned, PANEL};
 use self::product::{Bf16, Cached, F32, Product, Widened};
 use self::simd::Isa;
@@ -142,7 +142,7 @@ impl CpuBackend {
                         first: first_row * out_stride + panel * PANEL,
                         out_stride,
                         sums: sums.at_least(sums_len(rows, chunks)),
-                        decoded: decoded.at_least(DECODED_LEN),
+                        decoded: decoded.at_least(DECODED_STEPS * PANEL).as_chunks_mut().0,
                     });
                 }
             });

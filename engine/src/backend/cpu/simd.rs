@@ -49,6 +49,10 @@ pub(super) trait Simd: Copy {
     /// `vdpbf16ps`. A product of two bf16 is exact in f32.
     unsafe fn dot_pairs(a: Self::Pairs, b: Self::Pairs, c: Self::F32) -> Self::F32;
 
+    /// Asks for the cache line at an address, which may be any.
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+
     /// Writes column i of the 16 × 16 words at `rows` to `to + 32 · i`.
     #[inline(always)]
     unsafe fn transpose(rows: [*const u32; 16], to: *mut u32) {

@@ -110,12 +110,12 @@ macro_rules! avx512_lanes {
         #[inline(always)]
         unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, exponents: __m512i) -> __m512i {
             // SAFETY: as above; 32 bytes each lie inside the step. The look-up heeds five bits of a code, the exponents are there twice, and the
-            // sign, which goes to the upper byte, is cleared but for its place.
+            // sign, which goes to the upper byte, is cleared but for its place. Of a shift of 16 bits the compiler makes three instructions.
             unsafe {
                 let from = step.cast::<u8>();
                 let signs = _mm512_cvtepi8_epi16(_mm256_loadu_si256(from.add(32 * half).cast()));
                 let codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(from.add(64).cast()));
-                let codes = if half == 0 { codes } else { _mm512_srli_epi16::<4>(codes) };
+                let codes = if half == 0 { codes } else { _mm512_srli_epi64::<4>(codes) };
                 let exponents = _mm512_permutexvar_epi16(codes, exponents);
                 // (a & b) | c
                 _mm512_ternarylogic_epi32::<0xea>(signs, _mm512_set1_epi16(SIGN_AND_MANTISSA as i16), exponents)
@@ -137,6 +137,12 @@ macro_rules! avx512_lanes {
                     _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(ODD))),
                 ]
             }
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(at: *const u8) {
+            // SAFETY: the CPU has it, and no address is too bad for it.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
 
         #[inline(always)]
