@@ -36,7 +36,7 @@ pub struct RankPlan {
     pub weights_bytes: u64,
     pub activations_bytes: u64,
     pub logits_bytes: u64,
-    /// What CUDA and its libraries take for themselves.
+    /// What kernels, libraries, collectives and the driver work in.
     pub overhead_bytes: u64,
     pub kv_bytes_per_token: u64,
     /// Left for the KV cache.

@@ -126,6 +126,12 @@ impl Nccl {
     }
 }
 
+/// Where NCCL writes a new communicator. It does so until the call is accepted, and after an error perhaps later: then the place is never
+/// given back.
+fn place() -> *mut Comm {
+    Box::into_raw(Box::new(ptr::null_mut()))
+}
+
 /// Ranks that exchange data.
 pub(super) struct Group {
     nccl: Arc<Nccl>,
@@ -163,16 +169,19 @@ impl Group {
             split_share: UNSET,
             traffic_class: UNSET,
         };
-        let mut comm = ptr::null_mut();
+        let place = place();
         // SAFETY: the pointers are to live values of the types that the function wants.
-        let code =
-            unsafe { (nccl.functions.init_rank)(&raw mut comm, size as c_int, id, rank as c_int, &raw mut config) };
+        let code = unsafe { (nccl.functions.init_rank)(place, size as c_int, id, rank as c_int, &raw mut config) };
+        // SAFETY: NCCL writes it before it returns, and the same again when all have joined.
+        let comm = unsafe { place.read_volatile() };
         let ranks = format!("the ranks 0 to {}", size - 1);
         if comm.is_null() {
             return Err(CollectiveError::Nccl { ranks, doing: "starting", reason: nccl.describe(code) });
         }
         let group = Self { nccl: Arc::clone(nccl), comm, ranks, limit };
         group.settle("starting", code)?;
+        // SAFETY: made above; NCCL is done with it.
+        drop(unsafe { Box::from_raw(place) });
         Ok(group)
     }
 
@@ -355,14 +364,12 @@ impl NcclCollective {
 impl Group {
     /// The ranks of this group that name the same color, in the order of their keys.
     pub(super) fn split(&self, color: usize, key: usize, ranks: String) -> Result<Self, CollectiveError> {
-        // NCCL writes there until the call is accepted, and after an error perhaps later: the place is then never given back.
-        let place: &'static mut Comm = Box::leak(Box::new(ptr::null_mut()));
-        let place = ptr::from_mut(place);
+        let place = place();
         // SAFETY: the communicator is live; without a configuration the new one is like it.
         let code =
             unsafe { (self.nccl.functions.split)(self.comm, color as c_int, key as c_int, place, ptr::null_mut()) };
         self.settle("splitting the ranks", code)?;
-        // SAFETY: leaked above; NCCL has written it and is done with it.
+        // SAFETY: made above; NCCL has written it and is done with it.
         let comm = *unsafe { Box::from_raw(place) };
         let group = Self { nccl: Arc::clone(&self.nccl), comm, ranks, limit: self.limit };
         group.settle("splitting the ranks", group.state())?;
