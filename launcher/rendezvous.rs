@@ -96,8 +96,8 @@ impl Identity {
 pub(crate) enum Up {
     /// The rank entered a phase; `Rendezvous` says that its preflight is over.
     Phase { phase: Phase },
-    /// Sent twice a second whatever happens: share of the phase that is done, steps since start.
-    Heartbeat { progress: f64, steps: u64, load: Load },
+    /// Sent twice a second whatever happens: share of the phase that is done, steps since start, seconds that it has computed in them.
+    Heartbeat { progress: f64, steps: u64, busy_s: f64, load: Load },
     /// Rank 0 only.
     Stats { stats: EngineStats, job: Option<JobProgress> },
     /// Rank 0 works; `url` when it serves.

@@ -137,6 +137,9 @@ pub(crate) struct RankStatus {
     #[serde(default)]
     pub(crate) load: Load,
     pub(crate) steps: u64,
+    /// For how long it has computed in them, without waiting for other ranks as far as that is seen.
+    #[serde(default)]
+    pub(crate) busy_s: f64,
     /// How its process ended.
     pub(crate) ended: Option<String>,
 }

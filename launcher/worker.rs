@@ -125,6 +125,7 @@ struct Post {
     progress: AtomicU64,
     load: Mutex<Load>,
     steps: AtomicU64,
+    busy_us: AtomicU64,
     engine: OnceLock<Engine>,
     job: Mutex<Option<JobProgress>>,
     /// The supervisor wants the end.
@@ -141,6 +142,7 @@ impl Post {
             progress: AtomicU64::new(0),
             load: Mutex::default(),
             steps: AtomicU64::new(0),
+            busy_us: AtomicU64::new(0),
             engine: OnceLock::new(),
             job: Mutex::new(None),
             stopped: AtomicBool::new(false),
@@ -187,7 +189,9 @@ impl Post {
 
     fn beat(&self, link: &Link) -> anyhow::Result<()> {
         let progress = f64::from_bits(self.progress.load(Ordering::Relaxed));
-        link.send(&Up::Heartbeat { progress, steps: self.steps.load(Ordering::Relaxed), load: *lock(&self.load) })?;
+        let busy_s = self.busy_us.load(Ordering::Relaxed) as f64 / 1e6;
+        let steps = self.steps.load(Ordering::Relaxed);
+        link.send(&Up::Heartbeat { progress, steps, busy_s, load: *lock(&self.load) })?;
         match self.engine.get() {
             Some(engine) => link.send(&Up::Stats { stats: engine.stats(), job: *lock(&self.job) }),
             None => Ok(()),
@@ -213,6 +217,10 @@ impl Reporter for Post {
 
     fn steps(&self, steps: u64) {
         self.steps.store(steps, Ordering::Relaxed);
+    }
+
+    fn busy(&self, busy: Duration) {
+        self.busy_us.store(busy.as_micros() as u64, Ordering::Relaxed);
     }
 }
 

@@ -7,12 +7,15 @@ use std::io::{BufRead as _, BufReader};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::support::zero_model::zero_model;
 
 /// Nothing here takes that long unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -245,6 +248,41 @@ fn a_killed_rank_ends_the_run_at_once() {
         assert_eq!(endpoints(&world), 0);
         assert_eq!(world.output(&["wait", "latest", "--for", "done"]).status.code(), Some(25));
     }
+}
+
+/// It gets a seventh of the time, as on a host that is busy with something else. The model is large enough for steps that compute.
+#[test]
+fn a_slow_rank_is_named() {
+    let world = World::new();
+    let (job, model) = (job_file(&world, 2000, 200), zero_model(world.root.path()));
+    let launch = ["launch", "--profile", "cpu", "--tp", "2", "--name", "held-up", "--detach", "--wait", "ready"];
+    let work = ["--model", &model, "--set", "limits.max_sequences=4", "--job", job.to_str().unwrap()];
+    world.stdout(&[&launch[..], &work].concat());
+    let slow = world.processes()[2];
+    let warnings = || world.json(&["status", "held-up", "--json"])["warnings"].to_string();
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        _ = scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                for (signal, pause) in [(Signal::SIGSTOP, 60), (Signal::SIGCONT, 10)] {
+                    if kill(Pid::from_raw(slow), signal).is_err() {
+                        return;
+                    }
+                    std::thread::sleep(Duration::from_millis(pause));
+                }
+            }
+        });
+        let deadline = Instant::now() + 2 * PATIENCE;
+        while !warnings().contains(&format!(", pid {slow}) is slow")) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    assert!(warnings().contains("times as long as the other ranks of its stage"), "{}", warnings());
+    eventually(PATIENCE, "it keeps up again", || warnings() == "null");
+    let events = world.stdout(&["events", "held-up"]);
+    assert!(events.contains(" warning ") && events.contains(" keeps up"), "{events}");
+    world.stdout(&["cancel", "--now", "held-up"]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! `UPDATE_GOLDEN=1` writes them anew.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -69,6 +70,44 @@ fn scripts_are_the_golden_ones() {
     match Command::new("shellcheck").args(&written).output() {
         Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout)),
         Err(error) => println!("skipped: shellcheck cannot be run ({error})"),
+    }
+}
+
+/// What `--profile auto` makes of partitions, by Slurm's own words: `sinfo` is a script that says them.
+#[test]
+fn scripts_of_a_chosen_profile_are_those_of_that_profile() {
+    let home = home_with_job();
+    let sinfo = home.path().join("bin/sinfo");
+    fs::create_dir_all(sinfo.parent().unwrap()).unwrap();
+    let path = format!("{}:{}", sinfo.parent().unwrap().display(), std::env::var("PATH").unwrap());
+    for (offers, profile) in [
+        ("gpu*|up|1-00:00:00|4|gpu:h100:8(S:0-1)|112|hopper,gpu80g|idle", "h100x16"),
+        (
+            "gpu*|up|1-00:00:00|4|gpu:h100:8|112|hopper,gpu80g|idle\nbig|up|1-00:00:00|1|gpu:h200:8|112|hopper|idle",
+            "h200x8",
+        ),
+        ("gpu*|up|1-00:00:00|2|gpu:a100:8|128|ampere,gpu80g|mixed", "a100x16"),
+    ] {
+        fs::write(&sinfo, format!("#!/bin/sh\nprintf '{offers}\\n'\n")).unwrap();
+        fs::set_permissions(&sinfo, fs::Permissions::from_mode(0o755)).unwrap();
+        let render = |profile: &str, more: &[&str]| {
+            let mut command = nemotron(home.path());
+            command.env("NEMOTRON_RUN_ROOT", "/shared/runs").env("PATH", &path);
+            finish(command.args(["render", "--cluster", "generic", "--serve", "--profile", profile]).args(more))
+        };
+        let (code, chosen, stderr) = render("auto", &[]);
+        assert_eq!(code, 0, "{stderr}");
+        assert!(stderr.contains(&format!("profile {profile}: ")), "{stderr}");
+        let directive = |name: &str| {
+            let line = chosen.lines().find_map(|line| line.strip_prefix(&format!("#SBATCH --{name}=")));
+            line.unwrap_or_default().to_owned()
+        };
+        let kind = directive("gpus-per-node").split(':').next().unwrap().to_owned();
+        let named = [format!("slurm.partition={}", directive("partition")), format!("slurm.quirks.gres_type={kind}")];
+        let named: Vec<&str> = named.iter().flat_map(|value| ["--set", value]).collect();
+        let (code, by_name, stderr) = render(profile, &named);
+        assert_eq!(code, 0, "{stderr}");
+        assert_eq!(chosen, by_name);
     }
 }
 

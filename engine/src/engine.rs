@@ -368,6 +368,7 @@ impl<B: Backend, C: Collective<B>> Leader<B, C> {
             }
         }
         self.runner.execute(&self.plan, &mut self.result)?;
+        self.reporter.busy(self.runner.busy());
         self.reporter.steps(self.steps);
         self.shared.gauges.steps.store(self.steps, Ordering::Relaxed);
         if self.sampling_rank == 0 {

@@ -3,6 +3,8 @@
 //! This rank holds the layers of its pipeline stage and, of each, its share of heads and FFN. Products whose input is split over
 //! ranks (attention output, MLP down) are summed over the tensor-parallel group.
 
+use std::time::Duration;
+
 use crate::backend::{Backend, Begun, HeadShape, NormTo, StepBatch};
 use crate::checkpoint::{CheckpointSource, Tensor, TensorName};
 use crate::collective::Collective;
@@ -161,6 +163,11 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
             self.backend.chosen(choices.len(), tokens);
         }
         Ok(is_chosen)
+    }
+
+    /// For how long this rank has waited for others, see [`Collective::waited`].
+    pub fn waited(&self) -> Duration {
+        self.collective.waited()
     }
 
     /// Waits until the device has done the step.

@@ -12,7 +12,7 @@ use crate::backend::{Backend, BackendError};
 use crate::checkpoint::{self, CheckpointError, CheckpointSource, Manifest, ReadingPlan};
 use crate::collective::host::HostCollective;
 use crate::collective::nccl::{Nccl, NcclCollective, UniqueId};
-use crate::collective::{Collective, CollectiveError};
+use crate::collective::{Collective, CollectiveError, Metered};
 use crate::config::{MeshError, ModelConfig};
 use crate::engine::{Engine, EngineInfo, FRAME_END, FRAME_MAX, FRAME_PLAN, FRAME_RESULT, start_leader};
 use crate::memory::rank_memory;
@@ -42,7 +42,7 @@ pub struct Follower {
 }
 
 /// [`Runner::execute`] on some backend.
-type Execute = dyn FnMut(&StepPlan, &mut StepResult) -> Result<(), EngineError> + Send;
+type Execute = dyn FnMut(&StepPlan, &mut StepResult) -> Result<Duration, EngineError> + Send;
 
 /// Connects to the peers, loads this rank's part of the checkpoint, and, on rank 0, decodes a warm-up token across all ranks.
 ///
@@ -136,14 +136,17 @@ fn lead_or_follow<B: Backend + 'static>(
     let plan = ReadingPlan::of_rank(source, mesh, rank)?;
     let manifest = Manifest::of(&spec.model)?;
     let model = while_reading(&plan, manifest.as_ref(), reporter.as_ref(), |progress| {
-        Model::load(backend, collective, source, mesh, rank, &limits, progress)
+        Model::load(backend, Metered::new(collective), source, mesh, rank, &limits, progress)
     })?;
     let mut runner = Runner::new(model, vocab_size, limits.max_sequences);
 
     reporter.phase(Phase::Warmup);
     match control {
         Control::Follower(control) => {
-            let execute = Box::new(move |plan: &StepPlan, result: &mut StepResult| runner.execute(plan, result));
+            let execute = Box::new(move |plan: &StepPlan, result: &mut StepResult| -> Result<Duration, EngineError> {
+                runner.execute(plan, result)?;
+                Ok(runner.busy())
+            });
             let sends_results = rank == mesh.sampling_rank();
             Ok(Rank::Follower(Box::new(Follower { control, execute, reporter, sends_results })))
         }
@@ -236,7 +239,7 @@ impl Follower {
                 kind => return Err(EngineError::Desync(format!("rank 0 sent message {kind} instead of a plan"))),
             }
             plan.decode(&bytes).map_err(|error| EngineError::Desync(error.to_string()))?;
-            (self.execute)(&plan, &mut result)?;
+            let busy = (self.execute)(&plan, &mut result)?;
             if self.sends_results {
                 result.encode(&mut bytes);
                 wire::write_frame(&mut self.control, FRAME_RESULT, &bytes).map_err(control)?;
@@ -244,6 +247,7 @@ impl Follower {
             if plan.step == 1 {
                 self.reporter.phase(Phase::Ready);
             }
+            self.reporter.busy(busy);
             self.reporter.steps(plan.step);
         }
     }

@@ -1,5 +1,7 @@
 //! How a rank tells whoever started it where it is. The launcher implements [`Reporter`]; the engine knows no terminal and no file.
 
+use std::time::Duration;
+
 /// Start-up phases of a rank, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
@@ -36,4 +38,6 @@ pub trait Reporter: Send + Sync {
     fn load(&self, _load: Load) {}
     /// Steps that the thread which waits on the device has completed since start.
     fn steps(&self, steps: u64);
+    /// How long this rank has computed in all of its steps: without waiting for other ranks, as far as that is seen.
+    fn busy(&self, _busy: Duration) {}
 }

@@ -1,5 +1,7 @@
 //! One rank's half of a step: turns a [`StepPlan`] into a batch, runs the model, samples where this rank samples.
 
+use std::time::{Duration, Instant};
+
 use crate::backend::{Backend, StepBatch};
 use crate::collective::Collective;
 use crate::model::Model;
@@ -25,6 +27,7 @@ pub struct Runner<B: Backend, C> {
     seen: Vec<u32>,
     tokens: Vec<Option<u32>>,
     sampler: Sampler,
+    busy: Duration,
 }
 
 /// What a rank remembers of a running sequence.
@@ -63,7 +66,13 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             seen: Vec::new(),
             tokens: Vec::new(),
             sampler: Sampler::default(),
+            busy: Duration::ZERO,
         }
+    }
+
+    /// For how long it has computed, see [`Reporter::busy`](crate::report::Reporter::busy).
+    pub fn busy(&self) -> Duration {
+        self.busy
     }
 
     /// Runs one step; `result` is filled on the rank that samples.
@@ -71,6 +80,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
     /// # Errors
     /// A peer was lost, or the plan contradicts what this rank knows.
     pub fn execute(&mut self, plan: &StepPlan, result: &mut StepResult) -> Result<(), EngineError> {
+        let (start, waited) = (Instant::now(), self.model.waited());
         for slot in &plan.preempted {
             if let Some(state) = self.slot_mut(*slot)? {
                 state.pages.clear();
@@ -92,7 +102,9 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         self.prepare(plan, result)?;
         self.model.forward(&self.batch)?;
         self.sample(result)?;
-        self.model.finish()
+        self.model.finish()?;
+        self.busy += start.elapsed().saturating_sub(self.model.waited() - waited);
+        Ok(())
     }
 
     fn slot_mut(&mut self, slot: Slot) -> Result<&mut Option<SlotState>, EngineError> {

@@ -226,26 +226,32 @@ impl Ranks for Step {
     fn refused(&mut self) -> Vec<(usize, Exit, String)> {
         self.listen();
         let known = std::mem::replace(&mut self.known, self.words.len());
-        let ended = self.words[known..].iter().filter_map(|line| ended_tasks(line));
-        let ended: Vec<(String, String)> = ended.map(|(tasks, how)| (tasks.to_owned(), how.to_owned())).collect();
         let mut refused = Vec::new();
-        for (tasks, how) in ended {
-            for rank in (0..self.allocation.nodes.len() * self.per_node).filter(|rank| holds(&tasks, *rank)) {
-                if self.refused.insert(rank) {
-                    let label = format!("{rank}: ");
-                    let own = self.words.iter().filter_map(|line| line.trim_start().strip_prefix(&label));
-                    let own: Vec<&str> = own.map(str::trim).filter(|line| !line.is_empty()).take(OWN_LINES).collect();
-                    let mut own = own.join("; ").trim_start_matches("error: ").to_owned();
-                    // Slurm gives what is not there or may not be run these codes, as a shell does; ours says it itself.
-                    let of_node =
-                        how.ends_with(&format!("exit code {}", Exit::Preflight as u8)) || own.contains("execve()");
-                    if own.contains("execve()") {
-                        own += "; slurm.binary and container.runtime must name what every node has";
-                    }
-                    let exit = if of_node { Exit::Preflight } else { Exit::Rendezvous };
-                    refused.push((rank, exit, if own.is_empty() { how.clone() } else { own }));
+        for line in &self.words[known..] {
+            let all = 0..self.allocation.nodes.len() * self.per_node;
+            let (ranks, how): (Vec<usize>, &str) = match (ended_tasks(line), failed_node(line)) {
+                (Some((tasks, how)), _) => (all.filter(|&rank| holds(tasks, rank)).collect(), how),
+                (_, Some((node, how))) => (all.filter(|&rank| self.node_of(rank) == node).collect(), how),
+                _ => continue,
+            };
+            for rank in ranks {
+                if self.refused.contains(&rank) {
+                    continue;
                 }
+                let label = format!("{rank}: ");
+                let own = self.words.iter().filter_map(|line| line.trim_start().strip_prefix(&label));
+                let own: Vec<&str> = own.map(str::trim).filter(|line| !line.is_empty()).take(OWN_LINES).collect();
+                let mut own = own.join("; ").trim_start_matches("error: ").to_owned();
+                // Slurm gives what is not there or may not be run these codes, as a shell does; ours says it itself.
+                let of_node =
+                    how.ends_with(&format!("exit code {}", Exit::Preflight as u8)) || own.contains("execve()");
+                if own.contains("execve()") {
+                    own += "; slurm.binary and container.runtime must name what every node has";
+                }
+                let exit = if of_node { Exit::Preflight } else { Exit::Rendezvous };
+                refused.push((rank, exit, if own.is_empty() { how.to_owned() } else { own }));
             }
+            self.refused.extend(refused.iter().map(|(rank, ..)| rank));
         }
         refused
     }
@@ -307,6 +313,15 @@ fn ended_tasks(line: &str) -> Option<(&str, &str)> {
     (!tasks.is_empty() && !how.is_empty()).then_some((tasks, how))
 }
 
+/// Which node a line of srun's says could not launch its tasks, and why:
+/// `srun: error: Task launch for StepId=2.0 failed on node n042: Job prolog failed`.
+fn failed_node(line: &str) -> Option<(&str, &str)> {
+    let about = line.strip_prefix("srun: error: Task launch for ")?;
+    let (_, about) = about.split_once(" failed on node ")?;
+    // So it says of a job that was cancelled meanwhile.
+    about.split_once(": ").filter(|(_, how)| *how != "Job credential revoked")
+}
+
 /// Whether `2-3,7` holds a number.
 fn holds(list: &str, number: usize) -> bool {
     list.split(',').any(|range| {
@@ -349,5 +364,7 @@ mod tests {
         ] {
             assert_eq!(ended_tasks(line), expected, "{line}");
         }
+        let line = "srun: error: Task launch for StepId=2.0 failed on node n042: Job prolog failed";
+        assert_eq!((failed_node(line), ended_tasks(line)), (Some(("n042", "Job prolog failed")), None));
     }
 }

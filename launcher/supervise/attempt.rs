@@ -17,6 +17,7 @@ use super::member::{Death, Member};
 use super::rate::Rate;
 use super::record::Record;
 use super::verdict::{Fault, Verdict, Wish, cause};
+use super::warnings::Pace;
 use super::{Input, OnReady};
 use crate::env::Environment;
 use crate::events::Event;
@@ -29,6 +30,9 @@ use crate::rundir::{RunDir, write_json};
 use crate::spec::{RunSpec, Task};
 use crate::state::{Endpoint, RunPhase};
 
+/// What to do when a node's memory, or the job's share of it, was too small.
+const MEMORY_HINT: &str =
+    "give the job more of its nodes' memory (slurm.quirks.mem; \"0\" is all of it), or make limits.kv_tokens smaller";
 /// How often processes and clocks are looked at when nothing happens.
 const TICK: Duration = Duration::from_millis(50);
 /// Faults that follow from the same cause arrive within this time.
@@ -100,6 +104,7 @@ pub(super) struct Supervisor<'a> {
     /// Until when the rows of a job may run, by its user's wish.
     pub(super) job_deadline: Option<Instant>,
     rate: Rate,
+    pub(super) pace: Pace,
 }
 
 impl<'a> Supervisor<'a> {
@@ -145,6 +150,7 @@ impl<'a> Supervisor<'a> {
             closes: None,
             job_deadline,
             rate: Rate::new(),
+            pace: Pace::new(),
             spec,
         })
     }
@@ -198,7 +204,11 @@ impl<'a> Supervisor<'a> {
 
     fn take(&mut self, input: Input) {
         match input {
-            Input::Signal(signal) => self.signalled(signal),
+            Input::Signal(signal) => {
+                // A scheduler may signal because of what has just happened.
+                self.reap();
+                self.signalled(signal);
+            }
             Input::Arrival(Arrival::Hello { hello, address, link }) => self.introduced(hello, address, link),
             Input::Arrival(Arrival::Closed { rank }) => self.members[rank].closed(),
             Input::Arrival(Arrival::Message { rank, message }) => {
@@ -263,12 +273,12 @@ impl<'a> Supervisor<'a> {
                 self.record.event(Event::new("phase").rank(rank, host).phase(phase.into()));
                 self.record.changed = true;
             }
-            Up::Heartbeat { progress, steps, load } => {
+            Up::Heartbeat { progress, steps, busy_s, load } => {
                 if member.status.steps != steps {
                     self.moved = Instant::now();
                 }
                 member.status.progress = progress;
-                member.status.steps = steps;
+                (member.status.steps, member.status.busy_s) = (steps, busy_s);
                 member.status.load = load;
             }
             Up::Stats { stats, job } => {
@@ -320,6 +330,10 @@ impl<'a> Supervisor<'a> {
         match (rank, end.exit, self.wish) {
             (0, None, Some(wish @ (Wish::Withdrawn(_) | Wish::Idle))) if !self.is_job() => {
                 self.finish(Verdict::stopped(wish, "what was asked has been answered"));
+            }
+            // Why it came to an end, which is none of its own.
+            (0, None, Some(wish)) if !self.is_job() => {
+                self.finish(Verdict::drained(wish, "what was asked has been answered"));
             }
             (0, None, _) => self.finish(Verdict::done()),
             (0, Some(Exit::Resumable), Some(wish)) => self.finish(Verdict::stopped(wish, "what is done is kept")),
@@ -396,7 +410,11 @@ impl<'a> Supervisor<'a> {
                 Death::Vanished => {
                     let mut fault =
                         Fault::new(Some(rank), Exit::RankLost, format!("{who} lost its connection to the supervisor"));
-                    fault.error.extend(self.ranks.report_on(rank));
+                    let report = self.ranks.report_on(rank);
+                    if report.as_ref().is_some_and(|report| report.contains("Out Of Memory")) {
+                        fault.hints.push(MEMORY_HINT.into());
+                    }
+                    fault.error.extend(report);
                     fault
                 }
             };
@@ -495,7 +513,10 @@ impl<'a> Supervisor<'a> {
         match self.course {
             Course::Running if self.signalled_at.is_some_and(|at| now >= at) => self.signalled(Signal::SIGTERM),
             Course::Running | Course::Draining { .. } if self.has_collapsed(now) => self.fail_collapsed(),
-            Course::Running => self.check_deadlines(now),
+            Course::Running => {
+                self.follow_pace(now);
+                self.check_deadlines(now);
+            }
             Course::Collecting { until } if now >= until => {
                 let lost = |fault: &Fault| matches!(fault.exit, Exit::RankLost | Exit::Communication);
                 let wish = self.wish.filter(|_| self.ranks.are_scheduled() && self.faults.iter().all(lost));

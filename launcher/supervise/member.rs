@@ -45,6 +45,7 @@ impl Member {
             progress: 0.0,
             load: Load::default(),
             steps: 0,
+            busy_s: 0.0,
             ended: None,
         };
         Self {
@@ -104,6 +105,11 @@ impl Member {
         };
         self.buried = true;
         Some(death)
+    }
+
+    /// Where it is; empty while that is not known.
+    pub(super) fn host(&self) -> &str {
+        self.status.process.as_ref().map_or("", |process| &process.host)
     }
 
     /// `rank 1 (host n042, pid 4711)`; `place` says where it must be before it is known where it is.

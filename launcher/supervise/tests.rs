@@ -68,7 +68,7 @@ fn fake_rank() {
                 };
                 // Rank 1 is half as far.
                 let progress = tenth as f64 / if rank == 1 { 20.0 } else { 10.0 };
-                say(Up::Heartbeat { progress, steps: 0, load });
+                say(Up::Heartbeat { progress, steps: 0, busy_s: 0.0, load });
                 sleep(Duration::from_millis(150));
             }
         }
@@ -89,7 +89,7 @@ fn fake_rank() {
     if part == "hangs" {
         let link = link.clone();
         std::thread::spawn(move || {
-            while link.send(&Up::Heartbeat { progress: 0.0, steps: 3, load: Load::default() }).is_ok() {
+            while link.send(&Up::Heartbeat { progress: 0.0, steps: 3, busy_s: 0.0, load: Load::default() }).is_ok() {
                 sleep(Duration::from_millis(100));
             }
         });

@@ -95,6 +95,8 @@ impl fmt::Display for Wish {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Interrupt => f.write_str("SIGINT stopped it"),
+            // The signal of `nemotron cancel` in a batch script.
+            Self::Terminate(Signal::SIGUSR2) => f.write_str("it was cancelled"),
             Self::Terminate(signal) => write!(f, "{signal} stopped it"),
             Self::Withdrawn(notice) => f.write_str(notice.words()),
             Self::Idle => f.write_str("no request came for serve.idle_timeout"),
@@ -155,8 +157,7 @@ impl Verdict {
 
     /// The end came as it was wished; `state` says how it found the run.
     pub(super) fn stopped(wish: Wish, state: impl Into<String>) -> Self {
-        let state = state.into();
-        let error = [wish.to_string(), state].into_iter().filter(|text| !text.is_empty()).collect();
+        let error = [wish.to_string(), state.into()].into_iter().filter(|text| !text.is_empty()).collect();
         match wish {
             Wish::Interrupt => Self::ended(RunPhase::Cancelled, Exit::Interrupted, error),
             Wish::Terminate(_) | Wish::Withdrawn(Notice::Cancelled) => {
@@ -166,6 +167,11 @@ impl Verdict {
             Wish::Withdrawn(_) => Self::out_of_time(error),
             Wish::Idle => Self { error, ..Self::done() },
         }
+    }
+
+    /// A server that ended well because somebody wanted it to.
+    pub(super) fn drained(wish: Wish, state: &str) -> Self {
+        Self { error: vec![wish.to_string(), state.into()], ..Self::done() }
     }
 
     /// The cause of an end that another attempt would only repeat.

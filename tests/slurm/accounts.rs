@@ -11,7 +11,7 @@ const INSTALL: &str = "NEMOTRON_TEST_ACCOUNTS";
 
 #[test]
 fn accounts_are_asked_for() {
-    let is_there = |program: &str| Command::new(program).arg("-V").output().is_ok_and(|output| output.status.success());
+    let is_there = |program: &str| Command::new(program).arg("-V").output().is_ok();
     if std::env::var_os(INSTALL).is_none() && !(is_there("mariadbd") && is_there("slurmdbd")) {
         println!("skipped: no accounting database here; {INSTALL}=1 installs one");
         return;

@@ -4,9 +4,11 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::support::{Cluster, PATIENCE, frozen};
+use crate::support::zero_model::zero_model;
 
 /// One test, so that the cluster is there once and goes whatever happens.
 #[test]
@@ -18,6 +20,8 @@ fn faults_are_found_and_named() {
         ("a start is cancelled by hand", a_start_is_cancelled_by_hand),
         ("a silent controller", a_silent_controller),
         ("a start is cancelled at any time", a_start_is_cancelled_at_any_time),
+        ("a start is cancelled while it loads", a_start_is_cancelled_while_it_loads),
+        ("a server is cancelled by hand", a_server_is_cancelled_by_hand),
         ("a node that dies", a_node_that_dies),
         ("a node without its network", a_node_without_its_network),
         ("a slurmd that is killed", a_slurmd_that_is_killed),
@@ -122,12 +126,57 @@ fn a_start_is_cancelled_at_any_time(cluster: &Cluster) {
         let took = start.elapsed();
         println!("  {phase}: {:.1} s", took.as_secs_f64());
         assert!(took < Duration::from_secs(5), "{phase}: {took:?}");
-        // A server that was ready has been drained, which is a success.
         let (code, _, stderr) = cluster.nemotron(&["wait", &run, "--for", "done", "--timeout", "30"]);
-        assert!(code == 143 || code == 0, "{phase}: {code} {stderr}");
+        assert_eq!(code, 143, "{phase}: {stderr}");
         assert_eq!(cluster.processes(&run), [0; 0], "{phase}");
         assert!(!cluster.file(&run, "endpoint.json").exists(), "{phase}");
     }
+}
+
+/// One rank stands still while it reads its weights, so that there is time to look.
+fn a_start_is_cancelled_while_it_loads(cluster: &Cluster) {
+    let model = zero_model(cluster.home.path());
+    assert_eq!(cluster.launch("loading", &["--serve", "--model", &model]).0, 0);
+    let start = Instant::now();
+    let snapshot = || serde_json::from_slice(&fs::read(cluster.file("loading", "status.json")).ok()?).ok();
+    let pid = loop {
+        let status: Value = snapshot().unwrap_or_default();
+        if status["phase"] == "LOADING" {
+            break Pid::from_raw(status["ranks"][3]["process"]["pid"].as_i64().unwrap() as i32);
+        }
+        assert!(start.elapsed() < PATIENCE && status["phase"] != "READY", "it was never seen to load: {status}");
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    kill(pid, Signal::SIGSTOP).unwrap();
+    let start = Instant::now();
+    let shown = loop {
+        let (shown, events) = (cluster.stdout(&["status", "loading"]), cluster.stdout(&["events", "loading"]));
+        // The others have read theirs.
+        if shown.contains("rank 3 is slowest at ") && events.contains(" loaded ") {
+            assert!(events.lines().any(|line| line.contains(" loaded ") && line.contains(" GB/s")), "{events}");
+            break shown;
+        }
+        assert!(start.elapsed() < Duration::from_secs(15) && shown.contains("LOADING"), "{shown}");
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    assert!(shown.contains(" GB, ") && shown.contains(" GB/s"), "{shown}");
+    let start = Instant::now();
+    cluster.slurm(&format!("scancel {}", cluster.job("loading")));
+    cluster.is_free();
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    println!("  {}: {:.1} s", shown.lines().next().unwrap_or_default(), start.elapsed().as_secs_f64());
+    ends_with(cluster, "loading", 143, "the job was cancelled: the ranks were still starting", start);
+    assert_eq!(cluster.processes("loading"), [0; 0]);
+}
+
+/// Whoever did that did not ask for a success.
+fn a_server_is_cancelled_by_hand(cluster: &Cluster) {
+    assert_eq!(cluster.launch("taken", &["--serve", "--wait", "ready"]).0, 0);
+    let start = Instant::now();
+    cluster.slurm(&format!("scancel {}", cluster.job("taken")));
+    ends_with(cluster, "taken", 143, "run taken is CANCELLED: the job was cancelled", start);
+    let report = fs::read_to_string(cluster.file("taken", "REPORT.md")).unwrap();
+    assert!(report.contains("CANCELLED") && report.contains("the job was cancelled"), "{report}");
 }
 
 fn a_node_that_dies(cluster: &Cluster) {

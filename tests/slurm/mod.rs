@@ -8,5 +8,6 @@ mod containers;
 mod faults;
 mod nodes;
 mod replicas;
+mod sites;
 mod start;
 mod support;

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use super::support::{Cluster, LAYOUT, job_file};
@@ -25,6 +26,7 @@ fn runs_start_and_end() {
         ("an output has one writer", an_output_has_one_writer),
         ("secrets stay secret", secrets_stay_secret),
         ("a pending run", a_pending_run),
+        ("two runs on the same nodes", two_runs_on_the_same_nodes),
     ]);
 }
 
@@ -252,4 +254,34 @@ fn a_pending_run(cluster: &Cluster) {
     assert_eq!(cluster.status("pending")["phase"], "CANCELLED");
     assert_eq!(cluster.nemotron(&["wait", "pending", "--for", "done"]).0, 143);
     cluster.slurm(&format!("scancel {}", blocker.trim()));
+}
+
+/// They share hosts, and neither ports, nor tokens, nor an end.
+fn two_runs_on_the_same_nodes(cluster: &Cluster) {
+    let runs = ["left", "right"];
+    for run in runs {
+        let (code, _, stderr) = cluster.launch(run, &["--serve"]);
+        assert_eq!(code, 0, "{stderr}");
+    }
+    let endpoints = runs.map(|run| {
+        cluster.stdout(&["wait", run, "--for", "ready", "--timeout", "60"]);
+        serde_json::from_str::<Value>(&cluster.stdout(&["endpoint", run, "--json"])).unwrap()
+    });
+    let text = |endpoint: &Value, key: &str| endpoint[key].as_str().unwrap().to_owned();
+    let generate = ["generate", "--raw", "--tokens-to-generate", "4", "--prompt", "O", "--url"];
+    for (own, other) in [(0, 1), (1, 0)] {
+        let (url, token) = (text(&endpoints[own], "url"), text(&endpoints[own], "token_file"));
+        cluster.stdout(&[&generate[..], &[&url, "--token-file", &token]].concat());
+        let token = text(&endpoints[other], "token_file");
+        let (code, _, stderr) = cluster.nemotron(&[&generate[..], &[&url, "--token-file", &token]].concat());
+        assert!(code == 2 && stderr.contains("does not accept this token"), "{code}: {stderr}");
+    }
+    // A rank that dies is missed by its own run alone.
+    kill(cluster.pid("left", 3), Signal::SIGKILL).unwrap();
+    assert_eq!(cluster.nemotron(&["wait", "left", "--for", "done", "--timeout", "60"]).0, 25);
+    assert_eq!(cluster.status("right")["phase"], "READY");
+    cluster.stdout(&["generate", "--run", "right", "--raw", "--tokens-to-generate", "4", "--prompt", "O"]);
+    cluster.stdout(&["cancel", "right"]);
+    let report = fs::read_to_string(cluster.file("right", "REPORT.md")).unwrap();
+    assert!(report.contains("it was cancelled: what was asked has been answered"), "{report}");
 }

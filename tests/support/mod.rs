@@ -3,6 +3,7 @@
 pub(crate) mod python;
 pub(crate) mod reward_model;
 pub(crate) mod standin;
+pub(crate) mod zero_model;
 
 use std::path::Path;
 use std::process::{Command, Output};

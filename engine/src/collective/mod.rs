@@ -11,6 +11,7 @@ pub mod shm;
 pub mod tcp;
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, NormTo};
 
@@ -60,6 +61,55 @@ pub trait Collective<B: Backend>: Send {
     /// Whether the ranks are still there, as far as this one knows. Asked while the device is waited for: a device waits for ever
     /// for one that is gone.
     fn check(&self) -> Result<(), CollectiveError>;
+    /// How long this rank has waited for others in all of its calls, where that is measured.
+    fn waited(&self) -> Duration {
+        Duration::ZERO
+    }
+}
+
+/// Measures how long calls take. With ranks on CPUs that is the time for which a rank waits for slower ones; a device's own waiting is not seen.
+pub struct Metered<C> {
+    ranks: C,
+    waited: Duration,
+}
+
+impl<C> Metered<C> {
+    pub fn new(ranks: C) -> Self {
+        Self { ranks, waited: Duration::ZERO }
+    }
+
+    fn measure<T>(&mut self, call: impl FnOnce(&mut C) -> T) -> T {
+        let start = Instant::now();
+        let outcome = call(&mut self.ranks);
+        self.waited += start.elapsed();
+        outcome
+    }
+}
+
+impl<B: Backend, C: Collective<B>> Collective<B> for Metered<C> {
+    fn all_reduce(&mut self, rows: usize, x: &mut B::Buffer) -> Result<(), CollectiveError> {
+        self.measure(|ranks| ranks.all_reduce(rows, x))
+    }
+
+    fn gather_columns(&mut self, rows: usize, x: &B::Buffer, out: &mut B::Buffer) -> Result<(), CollectiveError> {
+        self.measure(|ranks| ranks.gather_columns(rows, x, out))
+    }
+
+    fn send_next(&mut self, rows: usize, x: &B::Buffer) -> Result<(), CollectiveError> {
+        self.measure(|ranks| ranks.send_next(rows, x))
+    }
+
+    fn recv_previous(&mut self, rows: usize, x: &mut B::Buffer) -> Result<(), CollectiveError> {
+        self.measure(|ranks| ranks.recv_previous(rows, x))
+    }
+
+    fn check(&self) -> Result<(), CollectiveError> {
+        self.ranks.check()
+    }
+
+    fn waited(&self) -> Duration {
+        self.waited
+    }
 }
 
 /// An ordered byte stream to one other rank. A peer that is gone is an error; one that is slow is waited for.
