@@ -118,6 +118,8 @@ fn a_converted_reward_model_gives_the_same_values() {
     let home = home.path();
     let model = reward_model(home);
     let run = |args: &[&str]| finish(nemotron(home).args(args));
+    let (_, stdout, _) = run(&["inspect", &model]);
+    assert!(stdout.contains("reward model  9 values a text"), "{stdout}");
     let row = json!({"prompt": "Sing.", "response": "La."});
     fs::write(home.join("rows.jsonl"), format!("{row}\n")).expect("written");
     write_job(home, "score.toml", "[input]\npath = 'rows.jsonl'\n[output]\npath = 'scores.jsonl'\n[reward]\n");

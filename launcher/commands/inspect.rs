@@ -310,6 +310,9 @@ fn write(inspection: &Inspection, out: &mut String) -> std::fmt::Result {
         config.vocab_size,
         config.max_context,
     )?;
+    if let Some(reward) = config.reward {
+        writeln!(out, "reward model  {} values a text", reward.num_attributes)?;
+    }
     match tokenizer {
         Some(tokenizer) => writeln!(out, "tokenizer     {}, {} pieces", tokenizer.kind, tokenizer.vocab_size)?,
         None => writeln!(out, "tokenizer     none")?,

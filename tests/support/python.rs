@@ -11,9 +11,10 @@ pub(crate) fn environment(name: &str, modules: &str, packages: &[&str]) -> Optio
     let python = home.join("bin/python");
     let run = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
     let usable = || run(Command::new(&python).args(["-c", &format!("import {modules}")]));
+    let pip = ["-m", "pip", "install", "-q", "--no-compile"];
     let make = || {
         run(Command::new("timeout").args(["120", "python3", "-m", "venv"]).arg(&home))
-            && run(Command::new("timeout").arg("120").arg(&python).args(["-m", "pip", "install", "-q"]).args(packages))
+            && run(Command::new("timeout").arg("120").arg(&python).args(pip).args(packages))
     };
     let made = usable() || make() && usable();
     if !made {
