@@ -272,9 +272,11 @@ fn a_rank_that_does_not_join_ends_the_run_at_the_deadline() {
 async fn a_failed_exchange_ends_the_run() {
     let world = World::new();
     let arguments = ["--profile", "h200x8", "--tp", "2", "--pp", "1"];
-    let server = world.serve(&arguments, &[("NCCL_STANDIN", "fail=20")]);
-    // More exchanges than that; whether a client hears of it depends on who is first.
-    _ = tokio::time::timeout(std::time::Duration::from_secs(60), server.put(json!({"sentences": ["a"]}))).await;
+    let server = world.serve(&arguments, &[("NCCL_STANDIN", "fail=60")]);
+    // More exchanges than that, one at least for each token's logits, and fewer until the server is ready. Whether a client hears of it
+    // depends on who is first.
+    let request = json!({"sentences": ["a"], "tokens_to_generate": 200, "min_tokens_to_generate": 200});
+    _ = tokio::time::timeout(std::time::Duration::from_secs(60), server.put(request)).await;
     let (code, text) = server.end();
     assert_eq!(code, 24, "{text}");
     assert!(text.contains("NCCL failed among the ranks 0 to 1 of stage 0"), "{text}");
