@@ -54,7 +54,8 @@ struct Measurement {
 struct Ceilings {
     read_gb_s: f64,
     peak_gflop_s: f64,
-    /// Share of the read bandwidth that decoding one row reaches, counting each weight once.
+    /// Share of the read bandwidth that decoding one row reaches, counting two bytes a weight once. In memory most take a byte and a half, so it
+    /// may be more than all.
     decode_b1_of_read: Option<f64>,
     /// Share of the arithmetic peak of each prefill, counting products with weights.
     prefill_of_peak: BTreeMap<u32, f64>,
@@ -237,7 +238,10 @@ fn print(measured: &Measurement) -> Outcome {
         lines.push(format!("decode  {rows:5} {rate:10.1} tokens/s"));
     }
     if let Some(share) = ceilings.decode_b1_of_read {
-        lines.push(format!("one row decodes at {:.0} % of the memory's read bandwidth", 100.0 * share));
+        lines.push(format!(
+            "one row decodes at {:.0} % of the memory's read bandwidth, at two bytes a weight",
+            100.0 * share
+        ));
     }
     lines.push(format!("this machine: {:.1} GB/s read, {:.0} GFLOP/s", ceilings.read_gb_s, ceilings.peak_gflop_s));
     for line in lines {
