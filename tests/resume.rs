@@ -278,12 +278,12 @@ fn a_row_that_breaks_the_engine_twice_is_quarantined() {
 
 #[test]
 fn a_job_ends_before_its_deadline_and_its_successors_finish_it() {
-    let expected = undisturbed(200, 60);
-    let job = Job::new(200, 60);
+    let expected = undisturbed(600, 100);
+    let job = Job::new(600, 100);
     let began = Instant::now();
     let said = job.expect(30, &Job::launch(&["--set", "job.deadline=4s", "--set", "limits.max_sequences=2"]));
     assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
-    assert!(said.contains("of 200 rows are done") && said.contains("nemotron resume r"), "{said}");
+    assert!(said.contains("of 600 rows are done") && said.contains("nemotron resume r"), "{said}");
     let mut code = 30;
     for _ in 0..40 {
         code = job.run(&["resume", "r"]).0;
