@@ -50,13 +50,7 @@ pub fn rank_memory(
     let tp = mesh.tp;
     let layers = mesh.layers(rank, config).len();
     let hidden = config.hidden_size;
-    let shape = HeadShape {
-        heads: config.num_heads / tp,
-        kv_heads: config.num_kv_heads / tp,
-        head_dim: config.head_dim,
-        rotary_dim: config.rotary_dim(),
-        rope_theta: config.rope_theta,
-    };
+    let shape = HeadShape::of_rank(config, tp);
     let (qkv, heads, ffn) = (shape.qkv_width(), shape.heads * shape.head_dim, config.ffn_size / tp);
     let (is_first, is_last) = (mesh.stage(rank) == 0, mesh.stage(rank) + 1 == mesh.pp);
     // Rows of the head's matrix, and elements of a row of logits before and after they are gathered.

@@ -201,13 +201,7 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
         let config = source.config();
         mesh.check(config)?;
         let (tp, tp_rank) = (mesh.tp, mesh.tp_rank(rank));
-        let shape = HeadShape {
-            heads: config.num_heads / tp,
-            kv_heads: config.num_kv_heads / tp,
-            head_dim: config.head_dim,
-            rotary_dim: config.rotary_dim(),
-            rope_theta: config.rope_theta,
-        };
+        let shape = HeadShape::of_rank(config, tp);
         let shard = |name: TensorName| source.shard(name, mesh, rank);
         let norm = |gamma, beta| -> Result<_, EngineError> { Ok(backend.norm(&shard(gamma)?, &shard(beta)?)?) };
         let matrix = |part: Tensor| backend.matrix(&part);

@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod cuda;
 
 use crate::checkpoint::Tensor;
+use crate::config::ModelConfig;
 use crate::request::Choice;
 
 /// Precision of matrix products and of the KV cache.
@@ -45,6 +46,17 @@ pub struct HeadShape {
 }
 
 impl HeadShape {
+    /// The heads of one of `tp` ranks.
+    pub fn of_rank(config: &ModelConfig, tp: usize) -> Self {
+        Self {
+            heads: config.num_heads / tp,
+            kv_heads: config.num_kv_heads / tp,
+            head_dim: config.head_dim,
+            rotary_dim: config.rotary_dim(),
+            rope_theta: config.rope_theta,
+        }
+    }
+
     /// Elements of one token's q, k and v together; q comes first, then k, then v.
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
