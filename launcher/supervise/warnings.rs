@@ -51,8 +51,8 @@ impl Supervisor<'_> {
         let marks: Vec<(u64, f64)> =
             self.members.iter().map(|member| (member.status.steps, member.status.busy_s)).collect();
         let pairs = || self.pace.marks.iter().zip(&marks);
-        let enough = !self.pace.marks.is_empty() && pairs().all(|(before, after)| after.0 >= before.0 + WINDOW.1);
-        if !enough && !self.pace.marks.is_empty() {
+        // The first time there is nothing to compare with.
+        if pairs().any(|(before, after)| after.0 < before.0 + WINDOW.1) {
             return;
         }
         let seconds: Vec<f64> =

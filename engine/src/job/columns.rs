@@ -221,6 +221,7 @@ mod tests {
             assert!(error.starts_with(expected), "{error}");
         }
     }
+
     #[test]
     fn scored_rows_keep_their_columns_and_can_get_an_error() {
         let names = |rows: &[Value]| -> Vec<String> {
