@@ -103,9 +103,14 @@ impl GgufCheckpoint {
         }
         let flag = |key| scalars.get(key).and_then(Value::as_bool).unwrap_or(false);
         let id = |key| scalars.get(key).and_then(Value::as_u64).and_then(|id| usize::try_from(id).ok());
+        let mut kinds: Vec<u64> = pieces.iter().zip(kinds).map(|(text, kind)| piece_kind(text, kind as u64)).collect();
+        let unknown = id("tokenizer.ggml.unknown_token_id").filter(|_| !kinds.contains(&UNKNOWN));
+        if let Some(kind) = unknown.and_then(|id| kinds.get_mut(id)) {
+            *kind = UNKNOWN;
+        }
         let pieces = pieces.into_iter().zip(scores).zip(kinds);
         let table = PieceTable {
-            pieces: pieces.map(|((text, score), kind)| (text, score as f32, piece_kind(text, kind as u64))).collect(),
+            pieces: pieces.map(|((text, score), kind)| (text, score as f32, kind)).collect(),
             // The converter for Nemotron writes neither key, and the tokenizers of the family need neither.
             add_dummy_prefix: flag("tokenizer.ggml.add_space_prefix"),
             remove_extra_whitespaces: flag("tokenizer.ggml.remove_extra_whitespaces"),
@@ -163,14 +168,18 @@ impl CheckpointSource for GgufCheckpoint {
     }
 }
 
+/// SentencePiece's type of the piece for what is unknown.
+const UNKNOWN: u64 = 2;
+
 /// SentencePiece's type of a piece. The converter writes user-defined symbols, which those of the family are `<extra_id_…>`, as normal
-/// pieces unless a `tokenizer_config.json` lists them.
+/// pieces, and as control pieces where a `tokenizer_config.json` calls them special; there it forgets the type of the unknown piece, too.
 fn piece_kind(text: &str, kind: u64) -> u64 {
     const NORMAL: u64 = 1;
+    const CONTROL: u64 = 3;
     const USER_DEFINED: u64 = 4;
     let number = text.strip_prefix("<extra_id_").and_then(|rest| rest.strip_suffix('>'));
     let is_symbol = number.is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()));
-    if kind == NORMAL && is_symbol { USER_DEFINED } else { kind }
+    if matches!(kind, NORMAL | CONTROL) && is_symbol { USER_DEFINED } else { kind }
 }
 
 /// Names of `ggml_type`s, for messages.

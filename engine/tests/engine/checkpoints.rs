@@ -177,6 +177,34 @@ fn modelopts_fp8_is_that_of_others_under_another_name() {
     assert!(std::error::Error::source(&error).unwrap().to_string().contains("quant_algo is NVFP4"), "{error:?}");
 }
 
+/// As llama.cpp's converter writes them when a `tokenizer_config.json` lists them as special.
+#[test]
+fn symbols_that_a_gguf_file_calls_control_pieces_are_symbols_all_the_same() {
+    const CONTROL: i32 = 3;
+    let file = fixtures().join("foreign/llama.cpp-bf16.gguf");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let key = b"tokenizer.ggml.token_type";
+    let at = bytes.windows(key.len()).position(|window| window == key).unwrap() + key.len();
+    let tokenizer =
+        |file: &std::path::Path| checkpoint::open(&ModelSource::Path(file.to_owned())).unwrap().tokenizer().unwrap();
+    let expected = tokenizer(&file);
+    let symbols = (0..).map_while(|number| expected.token_id(&format!("<extra_id_{number}>")));
+    let special: Vec<u32> = symbols.chain(expected.token_id("<unk>")).collect();
+    assert!(special.len() > 2);
+    for id in special {
+        // The type of the array, that of its elements, their number.
+        let at = at + 16 + 4 * id as usize;
+        bytes[at..at + 4].copy_from_slice(&CONTROL.to_le_bytes());
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("model.gguf");
+    std::fs::write(&file, bytes).unwrap();
+    let found = tokenizer(&file);
+    let text = "<extra_id_1>User\nSing \u{1f30a}<extra_id_1>Assistant\n";
+    assert_eq!(found.encode(text), expected.encode(text));
+    assert_eq!(found.decode(&found.encode(text)), text);
+}
+
 #[test]
 fn the_chat_template_of_a_gguf_file_is_read_and_converted() {
     let template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}";
