@@ -132,10 +132,12 @@ impl<'a> Record<'a> {
             return;
         }
         self.status.ranks = members.iter().map(|member| member.status.clone()).collect();
-        let tenths = (self.status.progress() * 10.0) as u32;
-        if let Some(text) = self.status.loading().filter(|_| tenths > self.loaded) {
-            self.loaded = tenths;
-            self.event(Event::new("loading").text(text));
+        if self.status.phase == RunPhase::Loading {
+            let tenths = (self.status.progress() * 10.0) as u32;
+            if let Some(text) = self.status.loading().filter(|_| tenths > self.loaded) {
+                self.loaded = tenths;
+                self.event(Event::new("loading").text(text));
+            }
         }
         self.write_status();
     }
@@ -166,6 +168,7 @@ impl<'a> Record<'a> {
         let status = &mut self.status;
         (status.attempt, status.url, status.eta_s, status.until) = (next, None, None, None);
         status.warnings.clear();
+        self.loaded = 0;
         // Whoever cancels the run in between finds this process.
         status.supervisor = status.supervisor.take().filter(|_| here);
         self.write_status();
