@@ -178,6 +178,9 @@ async fn sums_through_the_memory_of_peers_have_the_bits_of_those_through_nccl() 
         }
         let logs = world.logs();
         assert_eq!(logs.matches(words).count(), 4, "every rank says which way its sums go: {logs}");
+        let driver = world.driver_logs();
+        assert_eq!(driver.len(), 4);
+        assert!(driver.iter().all(|log| log.contains("launch all_reduce_norm") == standin.is_empty()), "and they do");
         let prompts = golden().into_iter().map(|case| case["prompt"].clone());
         let asked = prompts.map(|prompt| json!({"sentences": [prompt], "compute_logprob": true}));
         replies.push(join_all(asked.map(|asked| server.put(asked))).await);

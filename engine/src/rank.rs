@@ -58,7 +58,7 @@ pub fn start(spec: &RankSpec, peers: Option<Peers>, reporter: Arc<dyn Reporter>)
             let backend = CpuBackend::new(spec.threads, spec.dtype)?;
             reporter.phase(Phase::CommInit);
             let (collective, control) = connect(spec, peers)?;
-            lead_or_follow(spec, source.as_ref(), backend, collective, control, reporter)
+            lead_or_follow(spec, source.as_ref(), backend, Metered::new(collective), control, reporter)
         }
         Device::Cuda => {
             let backend = CudaBackend::new(&cuda_options(spec, source.config()), spec.dtype)?;
@@ -136,7 +136,7 @@ fn lead_or_follow<B: Backend + 'static>(
     let plan = ReadingPlan::of_rank(source, mesh, rank)?;
     let manifest = Manifest::of(&spec.model)?;
     let model = while_reading(&plan, manifest.as_ref(), reporter.as_ref(), |progress| {
-        Model::load(backend, Metered::new(collective), source, mesh, rank, &limits, progress)
+        Model::load(backend, collective, source, mesh, rank, &limits, progress)
     })?;
     let mut runner = Runner::new(model, vocab_size, limits.max_sequences);
 

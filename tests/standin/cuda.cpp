@@ -5,7 +5,8 @@
 //   fail=N     the N-th launch of a kernel is refused        memory=MIB   memory of a device
 //   major=N    compute capability                            peers=0       devices do not see each other
 //   refuse=N   the first N images are refused
-// CUDA_STANDIN_LOG is a file that gets a line for each allocation, what is given back, capture, launch of a graph, and the number of kernels at the end.
+// CUDA_STANDIN_LOG is a file that gets a line for each allocation, what is given back, capture, launch of a kernel or graph, and event that
+// was seen to have happened.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -160,6 +161,7 @@ struct Stream {
 struct Event {
     Stream* stream = nullptr;
     unsigned long long after = 0;
+    bool seen = false;
     std::chrono::steady_clock::time_point at;
 };
 
@@ -357,14 +359,16 @@ Result cuEventRecord(void* e, void* s) {
     Stream& stream = stream_of(s);
     // The time of an event is when the stream comes to it.
     if (const Result result = submit(s, [event] { return event->at = std::chrono::steady_clock::now(), ok; })) return result;
-    return event->stream = &stream, event->after = stream.asked, ok;
+    return event->stream = &stream, event->after = stream.asked, event->seen = false, ok;
 }
 Result cuEventQuery(void* e) {
-    const auto* event = static_cast<Event*>(e);
+    auto* event = static_cast<Event*>(e);
     if (sticky != ok) return sticky;
     if (!event->stream) return ok;
     const std::lock_guard guard(event->stream->lock);
-    return event->stream->done >= event->after ? ok : not_ready;
+    if (event->stream->done < event->after) return not_ready;
+    if (!std::exchange(event->seen, true)) log("seen");
+    return ok;
 }
 Result cuEventSynchronize(void* e) {
     const auto* event = static_cast<Event*>(e);
@@ -402,6 +406,7 @@ Result cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned b
     if (++launches == told("fail", -1)) return launch_failed;
     if (shared > function.most_shared || by != 1 || bz != 1 || !gx || !gy || !gz || gy > 65535 || gz > 65535 || bx > 1024)
         return complain(invalid_value, function.name.c_str(), "no such launch on a device");
+    log("launch " + function.name);
     // Arguments are copied when the kernel is asked for, as the driver does.
     const auto* bytes = static_cast<const char*>(params[0]);
     std::vector<unsigned long long> args((function.args_bytes + 7) / 8);

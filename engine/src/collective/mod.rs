@@ -67,7 +67,8 @@ pub trait Collective<B: Backend>: Send {
     }
 }
 
-/// Measures how long calls take. With ranks on CPUs that is the time for which a rank waits for slower ones; a device's own waiting is not seen.
+/// Measures how long calls take. With ranks on CPUs that is the time for which a rank waits for slower ones. Not for devices: they wait by
+/// themselves, and sums that go on with a norm would come apart.
 pub struct Metered<C> {
     ranks: C,
     waited: Duration,

@@ -386,16 +386,18 @@ impl Group {
         ranks: usize,
     ) -> Result<Option<PeerSums>, CollectiveError> {
         let cards = self.tell(device, room, area.card(), rank, ranks)?;
-        let sums = area.open(&cards, rank);
-        let opened = self.tell(device, room, u32::from(sums.is_ok()), rank, ranks)?;
-        let reason = match sums {
-            Ok(sums) if opened.iter().all(|opened| *opened == 1) => {
+        let areas = area.open(&cards, rank);
+        let opened = self.tell(device, room, u32::from(areas.is_ok()), rank, ranks)?;
+        let reason = match areas {
+            Ok(areas) if opened.iter().all(|opened| *opened == 1) => {
                 tracing::info!(ranks = self.ranks, "sums of a few rows go through the memory of the devices");
-                return Ok(Some(sums));
+                return Ok(Some(PeerSums::new(area, areas)));
             }
             Ok(_) => "another rank cannot".to_owned(),
             Err(reason) => reason,
         };
+        // All have closed what they opened, before anybody's area is given back.
+        self.tell(device, room, 0, rank, ranks)?;
         tracing::info!(ranks = self.ranks, reason, "all sums go through NCCL");
         Ok(None)
     }

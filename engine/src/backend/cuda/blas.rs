@@ -80,24 +80,49 @@ pub(super) struct Shape {
 /// A handle of the library with a workspace.
 pub(super) struct Blas {
     functions: Functions,
-    handle: Handle,
-    device: Arc<Device>,
-    workspace: Memory,
     algorithms: HashMap<Shape, Algorithm>,
     /// By shape and rows.
     plans: HashMap<(Shape, usize), Plan>,
+    handle: Owned,
+    device: Arc<Device>,
+    workspace: Memory,
 }
 
 /// The descriptions of one call.
 struct Plan {
-    description: Handle,
-    weights: Handle,
-    x: Handle,
-    out: Handle,
+    description: Owned,
+    weights: Owned,
+    x: Owned,
+    out: Owned,
+}
+
+/// Something that the library made, given back when it is dropped.
+struct Owned {
+    handle: Handle,
+    destroy: unsafe extern "C" fn(Handle) -> Status,
 }
 
 // SAFETY: the library's handles may be used from any thread, one at a time.
-unsafe impl Send for Blas {}
+unsafe impl Send for Owned {}
+
+impl Owned {
+    /// What `create` puts into the place that it is given.
+    fn new(
+        function: &str,
+        destroy: unsafe extern "C" fn(Handle) -> Status,
+        create: impl FnOnce(*mut Handle) -> Status,
+    ) -> Result<Self, BackendError> {
+        let mut handle = null_mut();
+        check(function, create(&raw mut handle)).map(|()| Self { handle, destroy })
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // SAFETY: made by the library, used no more.
+        unsafe { (self.destroy)(self.handle) };
+    }
+}
 
 impl Blas {
     /// # Errors
@@ -105,9 +130,8 @@ impl Blas {
     pub(super) fn new(device: &Arc<Device>, folders: &[PathBuf]) -> Result<Self, BackendError> {
         let functions = Functions::load(folders)?;
         let workspace = device.allocate("the workspace of matrix products", WORKSPACE_BYTES)?;
-        let mut handle = null_mut();
         // SAFETY: the context is current on this thread since the allocation.
-        check("cublasLtCreate", unsafe { (functions.create)(&raw mut handle) })?;
+        let handle = Owned::new("cublasLtCreate", functions.destroy, |place| unsafe { (functions.create)(place) })?;
         let (algorithms, plans) = (HashMap::new(), HashMap::new());
         Ok(Self { functions, handle, device: Arc::clone(device), workspace, algorithms, plans })
     }
@@ -128,12 +152,12 @@ impl Blas {
         assert!(rows <= shape.capacity, "buffers have room for whole tiles");
         let algorithm = self.algorithm(shape)?;
         let plan = self.plan(shape, rows)?;
-        let (description, a, b, d) = (plan.description, plan.weights, plan.x, plan.out);
+        let (description, a, b, d) = (plan.description.handle, plan.weights.handle, plan.x.handle, plan.out.handle);
         let (one, zero): (f32, f32) = (1.0, 0.0);
         // SAFETY: the descriptions fit the buffers: `rows` ≤ capacity, and the shapes are the caller's.
         let status = unsafe {
             (self.functions.matmul)(
-                self.handle,
+                self.handle.handle,
                 description,
                 &raw const one,
                 ptr::with_exposed_provenance(weights as usize),
@@ -161,40 +185,38 @@ impl Blas {
         }
         let plan = Plan::new(&self.functions, shape, shape.capacity)?;
         let Functions { preference_create, preference_set, preference_destroy, heuristic, .. } = self.functions;
-        let mut preference = null_mut();
+        // SAFETY: the place is a live value.
+        let create = |place| unsafe { preference_create(place) };
+        let preference = Owned::new("cublasLtMatmulPreferenceCreate", preference_destroy, create)?;
+        let set = |attribute, value: &[u8]| {
+            // SAFETY: the value is live and has the attribute's size.
+            let status = unsafe { preference_set(preference.handle, attribute, value.as_ptr().cast(), value.len()) };
+            check("cublasLtMatmulPreferenceSetAttribute", status)
+        };
+        set(PREF_MAX_WORKSPACE_BYTES, &(WORKSPACE_BYTES as u64).to_ne_bytes())?;
+        // No sum is cut into parts, whose number would be a matter of the rows.
+        set(PREF_REDUCTION_SCHEMES, &0_u32.to_ne_bytes())?;
+        for operand in PREF_MIN_ALIGNMENTS {
+            // Rows begin anywhere, so at multiples of 16 bytes.
+            set(operand, &16_u32.to_ne_bytes())?;
+        }
         let mut found = 0;
-        let empty =
+        let mut result =
             Heuristic { algorithm: [0; 8], workspace_bytes: 0, state: STATUS_SUCCESS, waves: 0.0, reserved: [0; 4] };
-        let mut result = empty;
-        let bytes = WORKSPACE_BYTES as u64;
-        // No sum is cut into parts, whose number would be a matter of the rows. Rows begin anywhere, so at multiples of 16 bytes.
-        let words =
-            [(PREF_REDUCTION_SCHEMES, 0_u32)].into_iter().chain(PREF_MIN_ALIGNMENTS.map(|operand| (operand, 16)));
-        // SAFETY: all pointers are to live values of the types that the functions want.
+        // SAFETY: all pointers are to live values of the types that the function wants.
         let status = unsafe {
-            check("cublasLtMatmulPreferenceCreate", preference_create(&raw mut preference))?;
-            let mut set =
-                preference_set(preference, PREF_MAX_WORKSPACE_BYTES, (&raw const bytes).cast(), size_of::<u64>());
-            for (attribute, value) in words {
-                if set == STATUS_SUCCESS {
-                    set = preference_set(preference, attribute, (&raw const value).cast(), size_of::<u32>());
-                }
-            }
-            let status = heuristic(
-                self.handle,
-                plan.description,
-                plan.weights,
-                plan.x,
-                plan.out,
-                plan.out,
-                preference,
+            heuristic(
+                self.handle.handle,
+                plan.description.handle,
+                plan.weights.handle,
+                plan.x.handle,
+                plan.out.handle,
+                plan.out.handle,
+                preference.handle,
                 1,
                 &raw mut result,
                 &raw mut found,
-            );
-            preference_destroy(preference);
-            plan.destroy(&self.functions);
-            check("cublasLtMatmulPreferenceSetAttribute", set).map(|()| status)?
+            )
         };
         check("cublasLtMatmulAlgoGetHeuristic", status)?;
         if found == 0 || result.state != STATUS_SUCCESS {
@@ -215,34 +237,24 @@ impl Blas {
     }
 }
 
-impl Drop for Blas {
-    fn drop(&mut self) {
-        for plan in self.plans.values() {
-            plan.destroy(&self.functions);
-        }
-        // SAFETY: created in `new`, used no more.
-        unsafe { (self.functions.destroy)(self.handle) };
-    }
-}
-
 impl Plan {
     /// The library thinks in columns: to it, x [rows, cols] is [cols, rows], the weights are [cols, n] and are transposed, and the result is
     /// [n, rows].
     fn new(functions: &Functions, shape: Shape, rows: usize) -> Result<Self, BackendError> {
-        let mut description = null_mut();
-        let transposed = OP_T;
-        // SAFETY: the pointers are to live values.
-        unsafe {
-            check("cublasLtMatmulDescCreate", (functions.desc_create)(&raw mut description, COMPUTE_32F, R_32F))?;
-            let set = (functions.desc_set)(description, DESC_TRANSA, (&raw const transposed).cast(), size_of::<i32>());
-            check("cublasLtMatmulDescSetAttribute", set)?;
-        }
+        let transposed = OP_T.to_ne_bytes();
+        // SAFETY: the place is a live value.
+        let create = |place| unsafe { (functions.desc_create)(place, COMPUTE_32F, R_32F) };
+        let description = Owned::new("cublasLtMatmulDescCreate", functions.desc_destroy, create)?;
+        // SAFETY: the value is live and has the attribute's size.
+        let set = unsafe {
+            (functions.desc_set)(description.handle, DESC_TRANSA, transposed.as_ptr().cast(), transposed.len())
+        };
+        check("cublasLtMatmulDescSetAttribute", set)?;
         let layout = |kind: c_int, rows: usize, cols: usize| {
-            let mut layout = null_mut();
-            // SAFETY: the pointer is to a live value.
-            let status =
-                unsafe { (functions.layout_create)(&raw mut layout, kind, rows as u64, cols as u64, rows as i64) };
-            check("cublasLtMatrixLayoutCreate", status).map(|()| layout)
+            // SAFETY: the place is a live value.
+            let create =
+                |place| unsafe { (functions.layout_create)(place, kind, rows as u64, cols as u64, rows as i64) };
+            Owned::new("cublasLtMatrixLayoutCreate", functions.layout_destroy, create)
         };
         Ok(Self {
             description,
@@ -250,16 +262,6 @@ impl Plan {
             x: layout(R_16BF, shape.cols, rows)?,
             out: layout(R_32F, shape.rows, rows)?,
         })
-    }
-
-    fn destroy(&self, functions: &Functions) {
-        // SAFETY: created in `new`, used no more.
-        unsafe {
-            (functions.desc_destroy)(self.description);
-            for layout in [self.weights, self.x, self.out] {
-                (functions.layout_destroy)(layout);
-            }
-        }
     }
 }
 

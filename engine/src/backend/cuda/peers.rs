@@ -36,10 +36,15 @@ pub(crate) struct Card {
     handle: [u8; 64],
 }
 
-/// The areas of all ranks of a group, opened.
+/// The areas of all ranks of a group, opened; others' are closed before this rank's own is given back.
 pub(crate) struct PeerSums {
+    areas: Areas,
     own: PeerArea,
-    areas: [Ptr<u32>; MAX_PEERS as usize],
+}
+
+/// Where a rank finds the areas of its group. While another rank has one of these, the memory that it was opened from must stay.
+pub(crate) struct Areas {
+    addresses: [Ptr<u32>; MAX_PEERS as usize],
     rank: usize,
     ranks: usize,
     _opened: Vec<Opened>,
@@ -88,14 +93,14 @@ impl PeerArea {
     ///
     /// # Errors
     /// Why a rank's area cannot be reached.
-    pub(crate) fn open(self, cards: &[Card], rank: usize) -> Result<PeerSums, String> {
-        let mut areas = [Ptr::NULL; MAX_PEERS as usize];
-        if cards.len() > areas.len() {
-            return Err(format!("{} ranks are more than {}", cards.len(), areas.len()));
+    pub(crate) fn open(&self, cards: &[Card], rank: usize) -> Result<Areas, String> {
+        let mut addresses = [Ptr::NULL; MAX_PEERS as usize];
+        if cards.len() > addresses.len() {
+            return Err(format!("{} ranks are more than {}", cards.len(), addresses.len()));
         }
         let mut opened = Vec::new();
         for (peer, card) in cards.iter().enumerate() {
-            areas[peer] = Ptr::new(if peer == rank {
+            addresses[peer] = Ptr::new(if peer == rank {
                 self.area.pointer()
             } else {
                 let other = Opened::new(self.area.device(), card)
@@ -104,7 +109,7 @@ impl PeerArea {
                 opened[opened.len() - 1].pointer
             });
         }
-        Ok(PeerSums { own: self, areas, rank, ranks: cards.len(), _opened: opened })
+        Ok(Areas { addresses, rank, ranks: cards.len(), _opened: opened })
     }
 }
 
@@ -144,6 +149,10 @@ impl Drop for Opened {
 }
 
 impl PeerSums {
+    pub(crate) fn new(own: PeerArea, areas: Areas) -> Self {
+        Self { areas, own }
+    }
+
     /// Whether it is for sums of so many rows.
     pub(crate) fn takes(&self, rows: usize, x: &Buffer) -> bool {
         rows <= AllReduceNorm::MAX_ROWS as usize && x.width() == self.own.hidden
@@ -153,8 +162,8 @@ impl PeerSums {
     pub(crate) fn add(&self, rows: usize, x: &mut Buffer, y: &Buffer, norm: Option<NormTo<'_, CudaBackend>>) {
         let (scale, shift, out, eps) = norm.map_or((Ptr::NULL, Ptr::NULL, Ptr::NULL, 0.0), NormTo::addresses);
         let reduce = AllReduceNorm {
-            areas: self.areas,
-            own_flags: self.areas[self.rank],
+            areas: self.areas.addresses,
+            own_flags: self.areas.addresses[self.areas.rank],
             counts: Ptr::new(self.own.counts.pointer()),
             stop: Ptr::new(self.own.stop.pointer()),
             y: Ptr::new(y.address()),
@@ -163,8 +172,8 @@ impl PeerSums {
             shift,
             out,
             hidden: self.own.hidden as u32,
-            rank: self.rank as u32,
-            ranks: self.ranks as u32,
+            rank: self.areas.rank as u32,
+            ranks: self.areas.ranks as u32,
             eps,
         };
         // SAFETY: the areas are as large as the kernel wants, and all ranks launch it for the same rows of the same step.
