@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs as _};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use nemotron_engine::rank::{Device, ModelSource};
@@ -27,6 +27,9 @@ const MOST_LINES: usize = 10_000;
 /// Lines that a rank which never joined said, and that are shown.
 const OWN_LINES: usize = 4;
 
+/// How long those lines may take longer than what srun says about the rank: they come another way.
+const OWN_LINES_PATIENCE: Duration = Duration::from_secs(1);
+
 /// The step that holds all ranks. Dropping it ends them.
 pub(crate) struct Step {
     run_dir: RunDir,
@@ -46,6 +49,8 @@ pub(crate) struct Step {
     /// How many of those lines [`Ranks::refused`] has looked at.
     known: usize,
     refused: BTreeSet<usize>,
+    /// Refused ranks that have not said why themselves, with srun's reason and since when.
+    silent: Vec<(usize, String, Instant)>,
     collapse: Option<String>,
 }
 
@@ -93,6 +98,7 @@ impl Step {
             known: 0,
             tail: None,
             refused: BTreeSet::new(),
+            silent: Vec::new(),
             collapse: None,
         })
     }
@@ -183,6 +189,7 @@ impl Ranks for Step {
         self.words.clear();
         self.known = 0;
         self.refused.clear();
+        self.silent.clear();
         self.tail = Some(Tail::new(self.run_dir.step_log(attempt)));
         Ok(())
     }
@@ -226,7 +233,6 @@ impl Ranks for Step {
     fn refused(&mut self) -> Vec<(usize, Exit, String)> {
         self.listen();
         let known = std::mem::replace(&mut self.known, self.words.len());
-        let mut refused = Vec::new();
         for line in &self.words[known..] {
             let all = 0..self.allocation.nodes.len() * self.per_node;
             let (ranks, how): (Vec<usize>, &str) = match (ended_tasks(line), failed_node(line)) {
@@ -234,25 +240,28 @@ impl Ranks for Step {
                 (_, Some((node, how))) => (all.filter(|&rank| self.node_of(rank) == node).collect(), how),
                 _ => continue,
             };
-            for rank in ranks {
-                if self.refused.contains(&rank) {
-                    continue;
-                }
-                let label = format!("{rank}: ");
-                let own = self.words.iter().filter_map(|line| line.trim_start().strip_prefix(&label));
-                let own: Vec<&str> = own.map(str::trim).filter(|line| !line.is_empty()).take(OWN_LINES).collect();
-                let mut own = own.join("; ").trim_start_matches("error: ").to_owned();
-                // Slurm gives what is not there or may not be run these codes, as a shell does; ours says it itself.
-                let of_node =
-                    how.ends_with(&format!("exit code {}", Exit::Preflight as u8)) || own.contains("execve()");
-                if own.contains("execve()") {
-                    own += "; slurm.binary and container.runtime must name what every node has";
-                }
-                let exit = if of_node { Exit::Preflight } else { Exit::Rendezvous };
-                refused.push((rank, exit, if own.is_empty() { how.to_owned() } else { own }));
-            }
-            self.refused.extend(refused.iter().map(|(rank, ..)| rank));
+            let news = ranks.into_iter().filter(|rank| self.refused.insert(*rank));
+            self.silent.extend(news.map(|rank| (rank, how.to_owned(), Instant::now())));
         }
+        let mut refused = Vec::new();
+        let (words, all_said) = (&self.words, self.srun.is_none());
+        self.silent.retain(|(rank, how, since)| {
+            let label = format!("{rank}: ");
+            let own = words.iter().filter_map(|line| line.trim_start().strip_prefix(&label));
+            let own: Vec<&str> = own.map(str::trim).filter(|line| !line.is_empty()).take(OWN_LINES).collect();
+            if own.is_empty() && !all_said && since.elapsed() < OWN_LINES_PATIENCE {
+                return true;
+            }
+            let mut own = own.join("; ").trim_start_matches("error: ").to_owned();
+            // Slurm gives what is not there or may not be run these codes, as a shell does; ours says it itself.
+            let of_node = how.ends_with(&format!("exit code {}", Exit::Preflight as u8)) || own.contains("execve()");
+            if own.contains("execve()") {
+                own += "; slurm.binary and container.runtime must name what every node has";
+            }
+            let exit = if of_node { Exit::Preflight } else { Exit::Rendezvous };
+            refused.push((*rank, exit, if own.is_empty() { how.clone() } else { own }));
+            false
+        });
         refused
     }
 

@@ -176,16 +176,19 @@ async fn give_up(State(server): State<Arc<Server>>, request: Request, next: Next
     }
 }
 
-/// Reads a body before its route sees it, so that one that never ends costs a connection and no more.
+/// Reads a body before its route sees it, so that one that never ends costs a connection and no more: what is left of it cannot be told from
+/// the next request, so the client is told that the connection ends.
 async fn receive(request: Request, next: Next, patience: Duration) -> Response {
     let (head, body) = request.into_parts();
     let path = head.uri.path();
     let received = Bytes::from_request(Request::from_parts(head.clone(), body), &());
-    match tokio::time::timeout(patience, received).await {
-        Ok(Ok(body)) => next.run(Request::from_parts(head, Body::from(body))).await,
+    let mut response = match tokio::time::timeout(patience, received).await {
+        Ok(Ok(body)) => return next.run(Request::from_parts(head, Body::from(body))).await,
         Ok(Err(rejection)) => refusal(path, rejection.status(), &rejection.body_text()),
         Err(_) => refusal(path, StatusCode::REQUEST_TIMEOUT, &format!("the body did not come within {patience:?}")),
-    }
+    };
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    response
 }
 
 /// An error in the form of the path's dialect.
@@ -371,14 +374,16 @@ mod tests {
             ("/v1/completions", 3, r#"{"error":{"#),
             ("/generate", 2, "200 OK"),
         ] {
+            // After a body that was not read to its end, the server ends the connection and says so.
+            let wish = if promised == 2 { "close" } else { "keep-alive" };
             let mut connection = tokio::net::TcpStream::connect(address).await.unwrap();
             let head = format!(
-                "PUT {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {promised}\r\n\r\n{{}}"
+                "PUT {path} HTTP/1.1\r\nHost: x\r\nConnection: {wish}\r\nContent-Length: {promised}\r\n\r\n{{}}"
             );
             connection.write_all(head.as_bytes()).await.unwrap();
             let mut answer = String::new();
             connection.read_to_string(&mut answer).await.unwrap();
-            assert!(answer.contains(expected), "{path}: {answer}");
+            assert!(answer.contains(expected) && answer.contains("connection: close"), "{path}: {answer}");
         }
     }
 }
