@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use nemotron_engine::backend::ComputeType;
@@ -124,6 +125,16 @@ impl Server<'_> {
         client.put(format!("{}/generate", self.url)).json(&body).send().await.unwrap().json().await.unwrap()
     }
 
+    /// Text, reason of its end and number of tokens of what OpenAI's route answers.
+    async fn complete(&self, body: &Value) -> [Value; 3] {
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let reply = client.post(format!("{}/v1/completions", self.url)).json(body).send().await.unwrap();
+        let reply: Value = reply.json().await.unwrap();
+        let choice = &reply["choices"][0];
+        assert!(choice["text"].is_string(), "{body}: {reply}");
+        [choice["text"].clone(), choice["finish_reason"].clone(), reply["usage"]["completion_tokens"].clone()]
+    }
+
     /// Waits for the end of the run; its exit code and the last words of the supervisor.
     fn end(&self) -> (i32, String) {
         let (code, stdout, stderr) = finish(self.world.command().args(["wait", "run", "--for", "done"]));
@@ -209,6 +220,80 @@ async fn a_row_is_the_same_alone_and_beside_others_and_nothing_is_allocated_whil
     assert_eq!(allocations(), before, "device memory was allocated for a request");
 }
 
+/// The next step is on the device before the host reads what the last one chose; no row can tell, whatever begins, ends or leaves beside it.
+#[tokio::test]
+async fn steps_follow_each_other_without_the_host_and_rows_stay_the_same() {
+    let meshes: [&[&str]; 2] = [&["--profile", "h100x1"], &["--profile", "h200x8", "--tp", "2", "--pp", "1"]];
+    for mesh in meshes {
+        let world = World::new();
+        let log = world.home.path().join("driver").display().to_string();
+        // Fewer slots than rows: they are used again.
+        let arguments = [mesh, &["--set", "limits.max_sequences=4"]].concat();
+        let server = world.serve(&arguments, &[("CUDA_STANDIN_LOG", &log)]);
+        let prompts: Vec<Value> = golden().iter().map(|case| case["prompt"].clone()).collect();
+        server
+            .complete(&json!({"prompt": prompts[0], "max_tokens": 16, "temperature": 0, "min_tokens_to_generate": 16}))
+            .await;
+        // Steps that chose tokens which were not yet read: two steps at the start, then sixteen.
+        let logs = world.driver_logs();
+        let log = logs.iter().find(|log| log.contains("launch sample")).unwrap();
+        let (mut open, mut depths) = (0, Vec::new());
+        for line in log.lines().skip_while(|line| *line != "launch sample") {
+            match line {
+                "launch sample" => {
+                    open += 1;
+                    depths.push(open);
+                }
+                "seen" => open -= 1,
+                _ => {}
+            }
+        }
+        assert_eq!((depths, open), ([vec![1, 2, 1], vec![2; 15]].concat(), 0), "{mesh:?}");
+
+        let mut rows = Vec::new();
+        for index in 0..12 {
+            let mut row = json!({
+                "prompt": prompts[index % prompts.len()], "max_tokens": 4 + index * 5 % 23, "seed": index,
+                "temperature": if index % 3 == 0 { 0.0 } else { 0.9 },
+            });
+            match index % 4 {
+                1 => row["logit_bias"] = json!({"3": 7}),
+                2 => row["top_k"] = json!(40),
+                _ => {}
+            }
+            if index == 5 {
+                row["frequency_penalty"] = json!(0.5);
+            }
+            rows.push(row);
+        }
+        // With log-probabilities the host chooses, from one step to the next.
+        let alone = async |row: &Value| {
+            let mut row = row.clone();
+            row["logprobs"] = json!(1);
+            server.complete(&row).await
+        };
+        let text = alone(&rows[0]).await[0].as_str().unwrap().to_owned();
+        let middle: String = text.chars().skip(2).take(3).collect();
+        rows.push(json!({"prompt": prompts[0], "max_tokens": 60, "temperature": 0, "stop": middle}));
+        let mut expected = Vec::new();
+        for row in &rows {
+            expected.push(alone(row).await);
+        }
+        let stopped = expected.iter().filter(|[_, reason, _]| reason == "stop").count();
+        assert!((2..rows.len()).contains(&stopped), "some rows end before their length: {expected:?}");
+        let leaves = async {
+            let body = json!({"prompt": prompts[1], "max_tokens": 200, "temperature": 0.9});
+            _ = tokio::time::timeout(Duration::from_millis(400), server.complete(&body)).await;
+        };
+        let together = join_all(rows.iter().enumerate().map(async |(index, row)| {
+            tokio::time::sleep(Duration::from_millis(50 * index as u64)).await;
+            server.complete(row).await
+        }));
+        let (found, ()) = tokio::join!(together, leaves);
+        assert_eq!(found, expected, "{mesh:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_device_that_fails_ends_the_run_with_the_kernel_named() {
     let world = World::new();
@@ -279,7 +364,7 @@ async fn a_failed_exchange_ends_the_run() {
     // More exchanges than that, one at least for each token's logits, and fewer until the server is ready. Whether a client hears of it
     // depends on who is first.
     let request = json!({"sentences": ["a"], "tokens_to_generate": 200, "min_tokens_to_generate": 200});
-    _ = tokio::time::timeout(std::time::Duration::from_secs(60), server.put(request)).await;
+    _ = tokio::time::timeout(Duration::from_secs(60), server.put(request)).await;
     let (code, text) = server.end();
     assert_eq!(code, 24, "{text}");
     assert!(text.contains("NCCL failed among the ranks 0 to 1 of stage 0"), "{text}");
@@ -298,11 +383,11 @@ async fn a_killed_rank_ends_the_run_though_nccl_waits_for_ever() {
         .collect();
     let request = server.put(json!({"sentences": ["a"], "tokens_to_generate": 200}));
     let end = async {
-        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
         kill(Pid::from_raw(ranks[1]), Signal::SIGKILL).unwrap();
         server.end()
     };
-    let (_, (code, text)) = tokio::join!(tokio::time::timeout(std::time::Duration::from_secs(30), request), end);
+    let (_, (code, text)) = tokio::join!(tokio::time::timeout(Duration::from_secs(30), request), end);
     assert_eq!(code, 25, "{text}");
     assert!(text.contains("rank 1"), "{text}");
     let left: BTreeSet<i32> = ranks.into_iter().filter(|pid| kill(Pid::from_raw(*pid), None).is_ok()).collect();

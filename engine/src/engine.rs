@@ -356,8 +356,32 @@ impl<B: Backend, C: Collective<B>> Leader<B, C> {
         }
     }
 
-    /// Sends the plan to all ranks and runs this rank's part of it.
+    /// Carries the plan out, and, while devices go on by themselves, steps that follow it.
     fn execute(&mut self, micro_batch: usize) -> Result<(), EngineError> {
+        self.launch()?;
+        self.in_flight.push_back(micro_batch);
+        if self.sampling_rank != 0 {
+            return self.collect();
+        }
+        loop {
+            // The next step is on the device before the host waits for this one: what hides a round trip where no other micro-batch does.
+            let is_followed = self.runner.feeds() && self.take_commands() && self.scheduler.plan_ahead(&mut self.plan);
+            if is_followed {
+                self.launch()?;
+                self.in_flight.push_back(micro_batch);
+            }
+            self.collect()?;
+            self.in_flight.pop_front();
+            self.complete();
+            if !is_followed {
+                return Ok(());
+            }
+            self.publish();
+        }
+    }
+
+    /// Sends the plan to all ranks and launches this rank's part of it.
+    fn launch(&mut self) -> Result<(), EngineError> {
         self.steps += 1;
         self.plan.step = self.steps;
         if !self.followers.is_empty() {
@@ -367,15 +391,15 @@ impl<B: Backend, C: Collective<B>> Leader<B, C> {
                     .map_err(|source| EngineError::Control { peer: index + 1, source })?;
             }
         }
-        self.runner.execute(&self.plan, &mut self.result)?;
+        self.runner.launch(&self.plan)
+    }
+
+    /// Waits for this rank's part of the oldest step.
+    fn collect(&mut self) -> Result<(), EngineError> {
+        self.runner.collect(&mut self.result)?;
         self.reporter.busy(self.runner.busy());
-        self.reporter.steps(self.steps);
-        self.shared.gauges.steps.store(self.steps, Ordering::Relaxed);
-        if self.sampling_rank == 0 {
-            self.complete();
-        } else {
-            self.in_flight.push_back(micro_batch);
-        }
+        self.reporter.steps(self.result.step);
+        self.shared.gauges.steps.store(self.result.step, Ordering::Relaxed);
         Ok(())
     }
 
@@ -394,9 +418,8 @@ impl<B: Backend, C: Collective<B>> Leader<B, C> {
     }
 
     fn complete(&mut self) {
-        let generated = self.result.rows.iter().filter(|row| row.token.is_some()).count();
+        let (generated, ended) = self.scheduler.complete(&mut self.result);
         self.shared.gauges.generated_tokens.fetch_add(generated as u64, Ordering::Relaxed);
-        let ended = self.scheduler.complete(&mut self.result);
         self.shared.gauges.finished_rows.fetch_add(ended as u64, Ordering::Relaxed);
         self.end_rows(ended);
     }

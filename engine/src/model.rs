@@ -81,6 +81,9 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
     /// Runs a step through this rank's stage: tokens enter at stage 0, the residual stream goes from stage to stage.
     pub fn forward(&mut self, batch: &StepBatch) -> Result<(), EngineError> {
         let Self { backend, collective, shape, norm_eps: eps, chunks, x, h, qkv, attended, ffn, partial, .. } = self;
+        if B::CHOOSES && batch.is_ahead() {
+            collective.share_choices(backend)?;
+        }
         let Begun::Rows(rows) = backend.begin(batch)? else { return Ok(()) };
         match &self.embedding {
             Some(embedding) => {
@@ -135,7 +138,7 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
     /// # Errors
     /// The device failed, or a rank of the group is gone.
     pub fn logits(&mut self, rows: usize) -> Result<&mut [f32], EngineError> {
-        self.finish()?;
+        self.finish(None)?;
         let head = self.head.as_mut().expect("only the last stage samples");
         let logits = self.backend.fetch(rows, &mut head.logits)?;
         if let Some(bias) = &head.bias {
@@ -146,23 +149,20 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
         Ok(logits)
     }
 
-    /// Lets the device choose a token from each row of the logits, `None` where they are no numbers; false if it leaves that to the host.
-    ///
-    /// # Errors
-    /// The device failed, or a rank of the group is gone.
-    pub fn choose(
-        &mut self,
-        choices: &[Choice],
-        vocab: usize,
-        tokens: &mut Vec<Option<u32>>,
-    ) -> Result<bool, EngineError> {
+    /// Lets the device choose a token from each row of the logits; false if it leaves that to the host.
+    pub fn choose(&mut self, choices: &[Choice], vocab: usize) -> bool {
         let head = self.head.as_mut().expect("only the last stage samples");
-        let is_chosen = self.backend.choose(choices, vocab, &mut head.logits);
-        if is_chosen {
-            self.finish()?;
-            self.backend.chosen(choices.len(), tokens);
-        }
-        Ok(is_chosen)
+        self.backend.choose(choices, vocab, &mut head.logits)
+    }
+
+    /// Ends what the device is asked for in this step, see [`Backend::close`].
+    pub fn close(&self) -> usize {
+        self.backend.close()
+    }
+
+    /// See [`Backend::chosen`].
+    pub fn chosen(&self, step: usize, slot: u32) -> Option<u32> {
+        self.backend.chosen(step, slot)
     }
 
     /// For how long this rank has waited for others, see [`Collective::waited`].
@@ -170,18 +170,23 @@ impl<B: Backend, C: Collective<B>> Model<B, C> {
         self.collective.waited()
     }
 
-    /// Waits until the device has done the step.
+    /// Whether the device has done a step, or everything; waits for it a moment.
     ///
     /// # Errors
     /// The device failed, or a rank of the group is gone.
-    pub fn finish(&self) -> Result<(), EngineError> {
-        loop {
-            let is_done = self.backend.poll()?;
-            self.collective.check()?;
-            if is_done {
-                return Ok(());
-            }
-        }
+    pub fn is_done(&self, step: Option<usize>) -> Result<bool, EngineError> {
+        let is_done = self.backend.poll(step)?;
+        self.collective.check()?;
+        Ok(is_done)
+    }
+
+    /// Waits until [`Self::is_done`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn finish(&self, step: Option<usize>) -> Result<(), EngineError> {
+        while !self.is_done(step)? {}
+        Ok(())
     }
 
     /// Loads what `rank` holds of the checkpoint and allocates its cache and activations.

@@ -13,7 +13,7 @@ use crate::checkpoint::{self, CheckpointError, CheckpointSource, Manifest, Readi
 use crate::collective::host::HostCollective;
 use crate::collective::nccl::{Nccl, NcclCollective, UniqueId};
 use crate::collective::{Collective, CollectiveError, Metered};
-use crate::config::{MeshError, ModelConfig};
+use crate::config::{Mesh, MeshError, ModelConfig};
 use crate::engine::{Engine, EngineInfo, FRAME_END, FRAME_MAX, FRAME_PLAN, FRAME_RESULT, start_leader};
 use crate::memory::rank_memory;
 use crate::mesh::{ConnectError, Control, connect_mesh};
@@ -35,14 +35,9 @@ pub enum Rank {
 
 /// A rank that executes plans until rank 0 ends the run.
 pub struct Follower {
-    control: TcpStream,
-    execute: Box<Execute>,
-    reporter: Arc<dyn Reporter>,
-    sends_results: bool,
+    /// [`follow`] on some backend.
+    follow: Box<dyn FnOnce() -> Result<(), EngineError> + Send>,
 }
-
-/// [`Runner::execute`] on some backend.
-type Execute = dyn FnMut(&StepPlan, &mut StepResult) -> Result<Duration, EngineError> + Send;
 
 /// Connects to the peers, loads this rank's part of the checkpoint, and, on rank 0, decodes a warm-up token across all ranks.
 ///
@@ -138,17 +133,13 @@ fn lead_or_follow<B: Backend + 'static>(
     let model = while_reading(&plan, manifest.as_ref(), reporter.as_ref(), |progress| {
         Model::load(backend, collective, source, mesh, rank, &limits, progress)
     })?;
-    let mut runner = Runner::new(model, vocab_size, limits.max_sequences);
+    let runner = Runner::new(model, vocab_size, limits.max_sequences);
 
     reporter.phase(Phase::Warmup);
     match control {
         Control::Follower(control) => {
-            let execute = Box::new(move |plan: &StepPlan, result: &mut StepResult| -> Result<Duration, EngineError> {
-                runner.execute(plan, result)?;
-                Ok(runner.busy())
-            });
-            let sends_results = rank == mesh.sampling_rank();
-            Ok(Rank::Follower(Box::new(Follower { control, execute, reporter, sends_results })))
+            let follow = Box::new(move || follow(runner, control, reporter.as_ref(), mesh, rank));
+            Ok(Rank::Follower(Box::new(Follower { follow })))
         }
         Control::Leader(followers) => {
             let info = EngineInfo {
@@ -228,28 +219,51 @@ impl Follower {
     ///
     /// # Errors
     /// A connection broke, rank 0's plan contradicts this rank's state, or the device failed.
-    pub fn run(mut self) -> Result<(), EngineError> {
-        let control = |source| EngineError::Control { peer: 0, source };
-        let (mut plan, mut result) = (StepPlan::default(), StepResult::default());
-        let mut bytes = Vec::new();
-        loop {
-            match wire::read_frame(&mut self.control, FRAME_MAX, &mut bytes).map_err(control)? {
-                FRAME_PLAN => {}
-                FRAME_END => return Ok(()),
-                kind => return Err(EngineError::Desync(format!("rank 0 sent message {kind} instead of a plan"))),
+    pub fn run(self) -> Result<(), EngineError> {
+        (self.follow)()
+    }
+}
+
+/// Executes plans until rank 0 ends the run.
+fn follow<B: Backend, C: Collective<B>>(
+    mut runner: Runner<B, C>,
+    mut control: TcpStream,
+    reporter: &dyn Reporter,
+    mesh: Mesh,
+    rank: usize,
+) -> Result<(), EngineError> {
+    let lost = |source| EngineError::Control { peer: 0, source };
+    // Rank 0 may send the next plan while a step runs, and this rank must then not keep its device waiting.
+    let looks_ahead = B::CHOOSES && mesh.pp == 1;
+    let (mut plan, mut result) = (StepPlan::default(), StepResult::default());
+    let mut bytes = Vec::new();
+    loop {
+        // What runs is watched until the next plan is there.
+        while runner.num_in_flight() > 0 {
+            if looks_ahead && !runner.is_done()? {
+                match wire::has_arrived(&control).map_err(|error| lost(error.into()))? {
+                    true if runner.num_in_flight() == 1 => break,
+                    _ => continue,
+                }
             }
-            plan.decode(&bytes).map_err(|error| EngineError::Desync(error.to_string()))?;
-            let busy = (self.execute)(&plan, &mut result)?;
-            if self.sends_results {
+            runner.collect(&mut result)?;
+            if rank == mesh.sampling_rank() {
                 result.encode(&mut bytes);
-                wire::write_frame(&mut self.control, FRAME_RESULT, &bytes).map_err(control)?;
+                wire::write_frame(&mut control, FRAME_RESULT, &bytes).map_err(lost)?;
             }
-            if plan.step == 1 {
-                self.reporter.phase(Phase::Ready);
+            if result.step == 1 {
+                reporter.phase(Phase::Ready);
             }
-            self.reporter.busy(busy);
-            self.reporter.steps(plan.step);
+            reporter.busy(runner.busy());
+            reporter.steps(result.step);
         }
+        match wire::read_frame(&mut control, FRAME_MAX, &mut bytes).map_err(lost)? {
+            FRAME_PLAN => {}
+            FRAME_END => return Ok(()),
+            kind => return Err(EngineError::Desync(format!("rank 0 sent message {kind} instead of a plan"))),
+        }
+        plan.decode(&bytes).map_err(|error| EngineError::Desync(error.to_string()))?;
+        runner.launch(&plan)?;
     }
 }
 

@@ -135,7 +135,7 @@ impl RankBench {
             for rows in wanted.chunks(LOGIT_ROWS) {
                 self.model.compute_logits(rows)?;
             }
-            self.model.finish()?;
+            self.model.finish(None)?;
             if run >= WARM_UP {
                 times.push(start.elapsed());
             }

@@ -109,6 +109,8 @@ pub struct Choice<'a> {
     pub seen: &'a [u32],
     /// How many of `seen` are the prompt's.
     pub num_prompt: u32,
+    /// A device keeps the token as the slot's, for the next step.
+    pub slot: u32,
 }
 
 /// One row to generate.

@@ -1,5 +1,9 @@
 //! One rank's half of a step: turns a [`StepPlan`] into a batch, runs the model, samples where this rank samples.
+//!
+//! A step is launched, and what it gave is collected. A device works in between, and where it chooses tokens itself, the next step can be launched
+//! before they are collected.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, StepBatch};
@@ -18,6 +22,10 @@ pub struct Runner<B: Backend, C> {
     vocab_size: usize,
     slots: Vec<Option<SlotState>>,
     batch: StepBatch,
+    /// Steps that were launched and not collected, oldest first: two at most.
+    in_flight: VecDeque<Launched>,
+    /// Memory for steps.
+    spare: Vec<Launched>,
     /// Rows of the step whose logits are needed, with what for.
     wanted: Vec<Wanted>,
     /// Those whose logits are computed together.
@@ -25,9 +33,25 @@ pub struct Runner<B: Backend, C> {
     rows: Vec<u32>,
     /// Ids that penalties ask about, of all rows of the group.
     seen: Vec<u32>,
-    tokens: Vec<Option<u32>>,
     sampler: Sampler,
     busy: Duration,
+    /// When the last step was collected.
+    collected: Instant,
+}
+
+/// A step whose results the device may still be working on.
+struct Launched {
+    start: Instant,
+    /// For other ranks, in all steps before.
+    waited: Duration,
+    /// By which the backend knows it.
+    number: usize,
+    /// Complete but for the tokens that the device chooses.
+    result: StepResult,
+    /// Rows whose token the device chooses.
+    chosen: Vec<Wanted>,
+    /// Whether the device has all tokens that the next step needs.
+    feeds: bool,
 }
 
 /// What a rank remembers of a running sequence.
@@ -64,9 +88,11 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             group: Vec::with_capacity(LOGIT_ROWS),
             rows: Vec::with_capacity(LOGIT_ROWS),
             seen: Vec::new(),
-            tokens: Vec::new(),
+            in_flight: VecDeque::with_capacity(2),
+            spare: Vec::with_capacity(2),
             sampler: Sampler::default(),
             busy: Duration::ZERO,
+            collected: Instant::now(),
         }
     }
 
@@ -75,12 +101,33 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         self.busy
     }
 
-    /// Runs one step; `result` is filled on the rank that samples.
+    /// Steps that were launched and not collected.
+    pub fn num_in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Whether a step may follow that does not know the tokens of the one launched last.
+    pub fn feeds(&self) -> bool {
+        B::CHOOSES && self.in_flight.back().is_some_and(|step| step.feeds)
+    }
+
+    /// Whether the oldest step is done; waits for it a moment.
+    ///
+    /// # Errors
+    /// A peer was lost, or the device failed.
+    pub fn is_done(&self) -> Result<bool, EngineError> {
+        self.model.is_done(self.in_flight.front().map(|step| step.number))
+    }
+
+    /// Launches a step behind one other at most.
     ///
     /// # Errors
     /// A peer was lost, or the plan contradicts what this rank knows.
-    pub fn execute(&mut self, plan: &StepPlan, result: &mut StepResult) -> Result<(), EngineError> {
+    pub fn launch(&mut self, plan: &StepPlan) -> Result<(), EngineError> {
+        assert!(self.in_flight.len() < 2, "buffers are used by two steps in turn");
         let (start, waited) = (Instant::now(), self.model.waited());
+        let (result, chosen) = self.spare.pop().map(|step| (step.result, step.chosen)).unwrap_or_default();
+        let mut step = Launched { start, waited, number: 0, result, chosen, feeds: true };
         for slot in &plan.preempted {
             if let Some(state) = self.slot_mut(*slot)? {
                 state.pages.clear();
@@ -99,11 +146,36 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
                 None => return Err(EngineError::Desync(format!("slot {slot} gets a page and holds no sequence"))),
             }
         }
-        self.prepare(plan, result)?;
+        self.prepare(plan, &mut step.result)?;
         self.model.forward(&self.batch)?;
-        self.sample(result)?;
-        self.model.finish()?;
-        self.busy += start.elapsed().saturating_sub(self.model.waited() - waited);
+        self.sample(&mut step)?;
+        step.number = self.model.close();
+        self.in_flight.push_back(step);
+        Ok(())
+    }
+
+    /// Waits for the oldest step; `result` is filled on the rank that samples.
+    ///
+    /// # Errors
+    /// A peer was lost, or the device failed.
+    pub fn collect(&mut self, result: &mut StepResult) -> Result<(), EngineError> {
+        let mut step = self.in_flight.pop_front().expect("a step was launched");
+        self.model.finish(Some(step.number))?;
+        for wanted in step.chosen.drain(..) {
+            let row = &mut step.result.rows[wanted.result as usize];
+            row.token = self.model.chosen(step.number, row.slot);
+            row.not_finite = row.token.is_none();
+            // A row that ended in the step before may be gone.
+            if let (Some(token), Some(state)) = (row.token, &mut self.slots[row.slot as usize]) {
+                state.sampler.observe_choice(token);
+            }
+        }
+        std::mem::swap(result, &mut step.result);
+        let now = Instant::now();
+        let waited = self.model.waited() - step.waited;
+        self.busy += (now - step.start.max(self.collected)).saturating_sub(waited);
+        self.collected = now;
+        self.spare.push(step);
         Ok(())
     }
 
@@ -120,7 +192,8 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         if state.is_some() {
             return Err(EngineError::Desync(format!("slot {slot} was given away twice")));
         }
-        let mut sampler = SamplerState::new(sampling.clone(), *min_new_tokens, eos_ids.clone(), *logprobs);
+        let min_len = prompt_len + min_new_tokens;
+        let mut sampler = SamplerState::new(sampling.clone(), min_len, eos_ids.clone(), *logprobs);
         sampler.observe_prompt(cached);
         let len = cached.len() as u32;
         let pages = Vec::with_capacity(*max_pages as usize);
@@ -200,7 +273,7 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
     }
 
     /// Rows that need nothing but a token first: a device may choose it without showing the logits.
-    fn sample(&mut self, result: &mut StepResult) -> Result<(), EngineError> {
+    fn sample(&mut self, step: &mut Launched) -> Result<(), EngineError> {
         for needs_logits in [false, true] {
             let mut next = 0;
             while next < self.wanted.len() {
@@ -213,22 +286,25 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
                     }
                 }
                 if !self.group.is_empty() {
-                    self.sample_group(needs_logits, result)?;
+                    self.sample_group(needs_logits, step)?;
                 }
             }
         }
         Ok(())
     }
 
-    fn sample_group(&mut self, needs_logits: bool, result: &mut StepResult) -> Result<(), EngineError> {
+    fn sample_group(&mut self, needs_logits: bool, step: &mut Launched) -> Result<(), EngineError> {
         self.rows.clear();
         self.rows.extend(self.group.iter().map(|wanted| wanted.row));
         if !self.model.compute_logits(&self.rows)? {
             return Ok(());
         }
-        if B::CHOOSES && !needs_logits && self.choose_on_device(result)? {
+        if B::CHOOSES && !needs_logits && self.choose_on_device(step) {
+            step.chosen.extend_from_slice(&self.group);
             return Ok(());
         }
+        let Launched { result, feeds, .. } = step;
+        *feeds = false;
         let Self { model, vocab_size, slots, group, sampler, .. } = self;
         let logits = model.logits(group.len())?;
         let width = logits.len() / group.len();
@@ -260,18 +336,19 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
         Ok(())
     }
 
-    /// Whether the device chose the tokens of the group.
-    fn choose_on_device(&mut self, result: &mut StepResult) -> Result<bool, EngineError> {
-        let Self { model, vocab_size, slots, group, seen, tokens, .. } = self;
+    /// Whether the device chooses the tokens of the group.
+    fn choose_on_device(&mut self, step: &mut Launched) -> bool {
+        let Self { model, vocab_size, slots, group, seen, .. } = self;
         seen.clear();
         let state = |wanted: &Wanted| {
-            let slot = result.rows[wanted.result as usize].slot;
-            slots[slot as usize].as_ref().expect("prepare has found this slot")
+            let slot = step.result.rows[wanted.result as usize].slot;
+            (slot, slots[slot as usize].as_ref().expect("prepare has found this slot"))
         };
+        step.feeds &= group.iter().all(|wanted| !state(wanted).1.sampler.has_penalties());
         let ends: Vec<(usize, u32)> = group
             .iter()
             .map(|wanted| {
-                let num_prompt = state(wanted).sampler.append_seen(seen);
+                let num_prompt = state(wanted).1.sampler.append_seen(seen);
                 (seen.len(), num_prompt)
             })
             .collect();
@@ -280,26 +357,12 @@ impl<B: Backend, C: Collective<B>> Runner<B, C> {
             .iter()
             .zip(ends)
             .map(|(wanted, (end, num_prompt))| {
-                let state = state(wanted);
+                let (slot, state) = state(wanted);
                 let ids = &seen[start..end];
                 start = end;
-                state.sampler.choice(state.len, ids, num_prompt)
+                state.sampler.choice(slot, state.len, ids, num_prompt)
             })
             .collect();
-        if !model.choose(&choices, *vocab_size, tokens)? {
-            return Ok(false);
-        }
-        for (wanted, token) in group.iter().zip(tokens.iter()) {
-            let row = &mut result.rows[wanted.result as usize];
-            match token {
-                Some(token) => {
-                    row.token = Some(*token);
-                    let state = slots[row.slot as usize].as_mut().expect("prepare has found this slot");
-                    state.sampler.observe_choice(*token);
-                }
-                None => row.not_finite = true,
-            }
-        }
-        Ok(true)
+        model.choose(&choices, *vocab_size)
     }
 }

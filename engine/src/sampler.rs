@@ -15,32 +15,32 @@ const NUCLEUS_GUESS: usize = 512;
 #[derive(Debug, Default)]
 pub struct SamplerState {
     sampling: Sampling,
-    min_new_tokens: u32,
+    /// The first position at which the row may end.
+    min_len: u32,
     eos_ids: Vec<u32>,
     pub logprobs: LogprobSpec,
-    num_generated: u32,
     /// Occurrences in (prompt and new text, new text alone) of every id of the row; kept only if a penalty needs it.
     counts: HashMap<u32, (u32, u32)>,
 }
 
 impl SamplerState {
-    pub fn new(sampling: Sampling, min_new_tokens: u32, eos_ids: Vec<u32>, logprobs: LogprobSpec) -> Self {
-        Self { sampling, min_new_tokens, eos_ids, logprobs, ..Self::default() }
+    pub fn new(sampling: Sampling, min_len: u32, eos_ids: Vec<u32>, logprobs: LogprobSpec) -> Self {
+        Self { sampling, min_len, eos_ids, logprobs, ..Self::default() }
     }
 
-    fn has_penalties(&self) -> bool {
+    /// Whether choosing a token takes all tokens before it.
+    pub fn has_penalties(&self) -> bool {
         let Sampling { greedy, repetition_penalty, frequency_penalty, presence_penalty, .. } = self.sampling;
         !greedy && (repetition_penalty != 1.0 || frequency_penalty != 0.0 || presence_penalty != 0.0)
     }
 
-    /// Ids that may not be chosen now.
-    fn masked(&self) -> &[u32] {
-        if self.num_generated < self.min_new_tokens { &self.eos_ids } else { &[] }
+    /// Ids that may not be chosen.
+    fn masked(&self, position: u32) -> &[u32] {
+        if position < self.min_len { &self.eos_ids } else { &[] }
     }
 
     /// Takes note of the token that was chosen.
     pub fn observe_choice(&mut self, token: u32) {
-        self.num_generated += 1;
         if self.has_penalties() {
             let (row, new) = self.counts.entry(token).or_default();
             (*row, *new) = (*row + 1, *new + 1);
@@ -59,8 +59,8 @@ impl SamplerState {
     }
 
     /// How the token at `position` is to be chosen, with what [`Self::append_seen`] appended.
-    pub fn choice<'a>(&'a self, position: u32, seen: &'a [u32], num_prompt: u32) -> Choice<'a> {
-        Choice { sampling: &self.sampling, position, masked: self.masked(), seen, num_prompt }
+    pub fn choice<'a>(&'a self, slot: u32, position: u32, seen: &'a [u32], num_prompt: u32) -> Choice<'a> {
+        Choice { sampling: &self.sampling, position, masked: self.masked(position), seen, num_prompt, slot }
     }
 
     /// Takes note of prompt tokens.
@@ -89,7 +89,7 @@ impl Sampler {
     /// # Errors
     /// A logit is NaN or +∞, or all are −∞.
     pub fn sample(&mut self, state: &mut SamplerState, position: u32, logits: &mut [f32]) -> Result<u32, NotFinite> {
-        for id in state.masked() {
+        for id in state.masked(position) {
             if let Some(logit) = logits.get_mut(*id as usize) {
                 *logit = f32::NEG_INFINITY;
             }

@@ -12,7 +12,7 @@ use crate::kv_cache::PagePool;
 use crate::request::{Event, RowError};
 use crate::sequence::Sequence;
 use crate::spec::Limits;
-use crate::step::{Admission, RowResult, Slot, StepPlan, StepResult, Work};
+use crate::step::{Admission, CHOSEN, RowResult, Slot, StepPlan, StepResult, Work};
 use crate::tokenizer::Tokenizer;
 
 /// Full-vocabulary log-probabilities of prompts are computed at most this many values at a time.
@@ -108,11 +108,49 @@ impl Scheduler {
             }
         }
         self.admit(micro_batch, budget, plan);
+        self.tell(plan);
+        cancelled
+    }
+
+    /// Plans the step behind the one in flight, of the only micro-batch, before the tokens of that one are known: each row's next token is what
+    /// the device will have chosen for its slot. A row that turns out to have ended costs a row whose result nobody takes; its slot is given
+    /// away by [`Self::plan`] alone, when nothing is in flight.
+    ///
+    /// False, and the plan is empty, where there may be more to do than go on: a row that waits could begin, one that runs is not about to get a
+    /// token or not waited for any more, or pages are short.
+    pub fn plan_ahead(&mut self, plan: &mut StepPlan) -> bool {
+        plan.clear();
+        let mut wanted = 0;
+        let goes_on = self.micro_batches[0].iter().all(|slot| {
+            self.running[*slot as usize].as_ref().is_some_and(|sequence| {
+                wanted += self.pool.pages_for(sequence.num_cached + 1) - sequence.pages.len();
+                sequence.num_cached == sequence.num_known() && !sequence.is_cancelled()
+            })
+        });
+        if !goes_on || self.next_waiting(0).is_some() || wanted > self.pool.num_free() {
+            return false;
+        }
+        for &slot in &self.micro_batches[0] {
+            let Some(sequence) = &mut self.running[slot as usize] else { continue };
+            let first = sequence.num_cached;
+            // Otherwise it ends with the token that is awaited.
+            if first + 1 < sequence.max_len() {
+                grow(sequence, first + 1, &mut self.pool, plan);
+                plan.tokens.push(CHOSEN | slot);
+                let first_position = first as u32;
+                plan.work.push(Work { slot, first_position, num_tokens: 1, samples: true, next_prompt_token: None });
+            }
+        }
+        self.tell(plan);
+        !plan.is_empty()
+    }
+
+    /// Adds what ranks have not been told of to a plan that they get.
+    fn tell(&mut self, plan: &mut StepPlan) {
         if !plan.is_empty() {
             plan.released.append(&mut self.released);
             plan.preempted.append(&mut self.preempted);
         }
-        cancelled
     }
 
     fn is_next(&self, micro_batch: usize, index: usize, decoding: bool) -> bool {
@@ -121,16 +159,21 @@ impl Scheduler {
         sequence.is_some_and(|sequence| sequence.is_decoding() == decoding && !sequence.is_backlogged())
     }
 
-    fn admit(&mut self, micro_batch: usize, mut budget: usize, plan: &mut StepPlan) {
-        let total = self.num_running() + self.num_waiting();
-        let share = total.div_ceil(self.micro_batches.len());
-        while budget > 0
-            && self.num_paused == 0
+    /// The slot of the row that waits and could begin in a micro-batch.
+    fn next_waiting(&self, micro_batch: usize) -> Option<Slot> {
+        let share = (self.num_running() + self.num_waiting()).div_ceil(self.micro_batches.len());
+        let first = self.waiting.front().and_then(VecDeque::front)?;
+        let can_begin = self.num_paused == 0
             && self.micro_batches[micro_batch].len() < share
-            && let Some(first) = self.waiting.front().and_then(VecDeque::front)
-            && self.has_room(first.request.prompt.len())
-            && let Some(slot) = self.free_slots.pop()
+            && self.has_room(first.request.prompt.len());
+        self.free_slots.last().copied().filter(|_| can_begin)
+    }
+
+    fn admit(&mut self, micro_batch: usize, mut budget: usize, plan: &mut StepPlan) {
+        while budget > 0
+            && let Some(slot) = self.next_waiting(micro_batch)
         {
+            self.free_slots.pop();
             let mut group = self.waiting.pop_front().expect("the front was looked at");
             let mut sequence = group.pop_front().expect("its front was looked at");
             if !group.is_empty() {
@@ -196,15 +239,9 @@ impl Scheduler {
             }
         }
         let Some(sequence) = &mut self.running[slot as usize] else { return 0 };
-        while sequence.pages.len() < wanted
-            && let Some(page) = self.pool.allocate()
-        {
-            sequence.pages.push(page);
-            plan.pages.push((slot, page));
-        }
+        grow(sequence, first + num_tokens, &mut self.pool, plan);
         self.num_paused -= usize::from(is_paused);
         sequence.copy_tokens(first..first + num_tokens, &mut plan.tokens);
-        sequence.num_cached += num_tokens;
         plan.work.push(Work {
             slot,
             first_position: first as u32,
@@ -243,11 +280,12 @@ impl Scheduler {
     }
 
     /// Takes in what a step gave: tokens to rows, events to their clients, resources of ended rows back.
-    /// Returns how many rows ended.
-    pub fn complete(&mut self, result: &mut StepResult) -> usize {
-        let mut ended = 0;
+    /// Returns how many tokens rows got, and how many rows ended.
+    pub fn complete(&mut self, result: &mut StepResult) -> (usize, usize) {
+        let (mut generated, mut ended) = (0, 0);
         for row in result.rows.drain(..) {
             let Some(sequence) = &mut self.running[row.slot as usize] else { continue };
+            generated += usize::from(row.token.is_some());
             if let Some(last_event) = advance(sequence, row) {
                 let slot = sequence.slot;
                 sequence.emit(last_event);
@@ -255,7 +293,7 @@ impl Scheduler {
                 ended += 1;
             }
         }
-        ended
+        (generated, ended)
     }
 
     /// Ends every row with an error; returns how many there were.
@@ -312,6 +350,17 @@ fn remember_prompt(sequence: &mut Sequence, pool: &mut PagePool) {
     }
 }
 
+/// Gives a row pages for its first `len` positions, which will then be in the cache.
+fn grow(sequence: &mut Sequence, len: usize, pool: &mut PagePool, plan: &mut StepPlan) {
+    while sequence.pages.len() < pool.pages_for(len)
+        && let Some(page) = pool.allocate()
+    {
+        sequence.pages.push(page);
+        plan.pages.push((sequence.slot, page));
+    }
+    sequence.num_cached = len;
+}
+
 /// Gives a row what a step computed for it; the event that ends it, if it ends.
 fn advance(sequence: &mut Sequence, row: RowResult) -> Option<Event> {
     if !row.prompt.is_empty() {
@@ -357,31 +406,55 @@ mod tests {
         (Sequence::new(0, group, request, sender), receiver)
     }
 
-    /// The ranks, as far as the scheduler can tell: they hold each slot's pages and how much of them is filled.
+    /// What the model says of a row with that seed.
+    fn token(seed: u64, position: u32) -> u32 {
+        ((seed + 1) * 7 * (u64::from(position) + 3) * (u64::from(position) + 3) % 23) as u32
+    }
+
+    /// The ranks, as far as the scheduler can tell: they hold each slot's pages, how much of them is filled, and what was chosen last.
     #[derive(Default)]
-    struct Ranks(HashMap<Slot, (Vec<u32>, u32)>);
+    struct Ranks(HashMap<Slot, State>);
+
+    #[derive(Default)]
+    struct State {
+        pages: Vec<u32>,
+        len: u32,
+        prompt_len: u32,
+        seed: u64,
+        chosen: u32,
+    }
 
     impl Ranks {
         fn answer(&mut self, plan: &StepPlan) -> StepResult {
             for slot in &plan.preempted {
-                self.0.insert(*slot, (Vec::new(), 0));
+                let state = self.0.get_mut(slot).unwrap();
+                state.pages.clear();
+                state.len = 0;
             }
             for slot in &plan.released {
                 self.0.remove(slot);
             }
             for admission in &plan.admitted {
-                let state = (Vec::new(), admission.cached.len() as u32);
+                let (len, prompt_len) = (admission.cached.len() as u32, admission.prompt_len);
+                let state = State { len, prompt_len, seed: admission.sampling.seed, ..State::default() };
                 assert!(self.0.insert(admission.slot, state).is_none(), "a slot was given away twice");
             }
             for (slot, page) in &plan.pages {
-                self.0.get_mut(slot).unwrap().0.push(*page);
+                self.0.get_mut(slot).unwrap().pages.push(*page);
             }
+            let mut tokens = plan.tokens.iter();
             let rows = plan.work.iter().map(|work| {
-                let (pages, len) = self.0.get_mut(&work.slot).unwrap();
-                assert_eq!(*len, work.first_position);
-                *len += work.num_tokens;
-                assert!(*len as usize <= pages.len() * LIMITS.page_tokens);
-                RowResult { slot: work.slot, token: work.samples.then_some(9), ..RowResult::default() }
+                let state = self.0.get_mut(&work.slot).unwrap();
+                assert_eq!(state.len, work.first_position);
+                for token in tokens.by_ref().take(work.num_tokens as usize) {
+                    let is_prompt = state.len < state.prompt_len;
+                    let token = if token & CHOSEN != 0 { state.chosen } else { *token };
+                    assert_eq!(token, if is_prompt { 7 } else { self::token(state.seed, state.len) });
+                    state.len += 1;
+                }
+                assert!(state.len as usize <= state.pages.len() * LIMITS.page_tokens);
+                state.chosen = self::token(state.seed, state.len);
+                RowResult { slot: work.slot, token: work.samples.then_some(state.chosen), ..RowResult::default() }
             });
             StepResult { step: plan.step, rows: rows.collect() }
         }
@@ -389,46 +462,115 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_row_gets_exactly_its_tokens(rows in prop::collection::vec((1_usize..60, 1_u32..40, any::<bool>()), 1..30), pp in 1_usize..4) {
+        fn every_row_gets_exactly_its_tokens(
+            rows in prop::collection::vec((1_usize..60, 1_u32..40, any::<bool>(), any::<bool>()), 1..30),
+            pp in 1_usize..4,
+            ahead in any::<bool>(),
+        ) {
             let mut scheduler = scheduler(pp);
-            let mut waiting = Vec::new();
-            for (index, (prompt, new, cancel)) in rows.into_iter().enumerate() {
-                let (sequence, receiver) = row(index as u64 / 3, prompt, new);
-                scheduler.add(sequence);
-                waiting.push((new, (!cancel).then_some(receiver)));
+            let mut later = VecDeque::new();
+            let mut receivers = Vec::new();
+            for (index, (prompt, new, cancel, ends)) in rows.into_iter().enumerate() {
+                let (mut sequence, receiver) = row(index as u64 / 3, prompt, new);
+                sequence.request.sampling.seed = index as u64;
+                let mut expected: Vec<u32> = (0..new).map(|i| token(index as u64, prompt as u32 + i)).collect();
+                if ends {
+                    sequence.request.stopping.eos_ids = vec![0];
+                    let end = expected.iter().position(|token| *token == 0);
+                    expected.truncate(end.map_or(expected.len(), |end| end + 1));
+                }
+                later.push_back(sequence);
+                receivers.push((expected, Some(receiver), cancel));
             }
+            let (num_rows, mut ended) = (receivers.len(), 0);
             let (mut plan, mut ranks, mut in_flight) = (StepPlan::default(), Ranks::default(), HashMap::new());
-            let mut ended = 0;
             for turn in 0..20_000 {
+                // Half of the rows are there from the start, the others come one by one; some clients go.
+                for _ in 0..if turn == 0 { num_rows.div_ceil(2) } else { 1 } {
+                    later.pop_front().into_iter().for_each(|sequence| scheduler.add(sequence));
+                }
                 let micro_batch = turn % pp;
                 if let Some(mut result) = in_flight.remove(&micro_batch) {
-                    ended += scheduler.complete(&mut result);
+                    ended += scheduler.complete(&mut result).1;
                 }
                 ended += scheduler.plan(micro_batch, &mut plan);
                 prop_assert!(plan.tokens.len() <= LIMITS.max_step_tokens);
                 let slots: std::collections::HashSet<Slot> = plan.work.iter().map(|work| work.slot).collect();
                 prop_assert_eq!(slots.len(), plan.work.len());
-                if !plan.is_empty() {
-                    in_flight.insert(micro_batch, ranks.answer(&plan));
-                } else if scheduler.is_idle() {
-                    break;
+                if plan.is_empty() {
+                    if scheduler.is_idle() && later.is_empty() {
+                        break;
+                    }
+                    continue;
+                }
+                let mut result = ranks.answer(&plan);
+                for step in 0..if ahead && pp == 1 { turn % 9 } else { 0 } {
+                    if !scheduler.plan_ahead(&mut plan) {
+                        break;
+                    }
+                    prop_assert!(plan.tokens.iter().all(|token| token & CHOSEN != 0));
+                    let next = ranks.answer(&plan);
+                    ended += scheduler.complete(&mut std::mem::replace(&mut result, next)).1;
+                    receivers.iter_mut().filter(|row| row.2 && step == 4).for_each(|row| row.1 = None);
+                }
+                in_flight.insert(micro_batch, result);
+                if turn == 7 {
+                    receivers.iter_mut().filter(|row| row.2).for_each(|row| row.1 = None);
                 }
             }
             prop_assert!(scheduler.is_idle());
-            prop_assert_eq!(ended, waiting.len());
+            prop_assert_eq!(ended, num_rows);
             prop_assert_eq!(scheduler.pages_used(), 0);
-            for (new, receiver) in waiting {
+            for (expected, receiver, _) in receivers {
                 let Some(mut receiver) = receiver else { continue };
-                let mut tokens = 0;
+                let mut tokens = Vec::new();
                 let mut last = None;
                 while let Ok(event) = receiver.try_recv() {
-                    tokens += u32::from(matches!(event, Event::Token { .. }));
+                    if let Event::Token { id, .. } = event {
+                        tokens.push(id);
+                    }
                     last = Some(event);
                 }
-                prop_assert_eq!(tokens, new);
+                prop_assert_eq!(tokens, expected);
                 prop_assert!(matches!(last, Some(Event::Finished(_))));
             }
         }
+    }
+
+    #[test]
+    fn nothing_is_planned_ahead_of_what_may_change_the_next_step() {
+        let mut scheduler = scheduler(1);
+        let (mut plan, mut next, mut ranks) = (StepPlan::default(), StepPlan::default(), Ranks::default());
+        let (first, _first) = row(0, 20, 9);
+        scheduler.add(first);
+        scheduler.plan(0, &mut plan);
+        assert!(!scheduler.plan_ahead(&mut next), "the prompt goes on");
+        scheduler.complete(&mut ranks.answer(&plan));
+        scheduler.plan(0, &mut plan);
+        let mut result = ranks.answer(&plan);
+        assert!(scheduler.plan_ahead(&mut next));
+        scheduler.complete(&mut result);
+
+        let (second, second_events) = row(1, 3, 9);
+        scheduler.add(second);
+        assert!(!scheduler.plan_ahead(&mut plan), "a row could begin");
+        scheduler.complete(&mut ranks.answer(&next));
+        scheduler.plan(0, &mut plan);
+        assert_eq!(plan.admitted.len(), 1);
+        drop(second_events);
+        assert!(!scheduler.plan_ahead(&mut next), "a client has gone");
+        scheduler.complete(&mut ranks.answer(&plan));
+
+        for _ in 3..9 {
+            scheduler.plan(0, &mut plan);
+            result = ranks.answer(&plan);
+            scheduler.complete(&mut result);
+        }
+        assert!(scheduler.is_idle());
+        let (third, _third) = row(2, 3, 1);
+        scheduler.add(third);
+        scheduler.plan(0, &mut plan);
+        assert!(!scheduler.plan_ahead(&mut next), "it ends with the token that is awaited");
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! Both are sequences of little-endian u32 words with a version in front, decoded into reused memory. A plan holds deltas: what a slot is
 //! (its sampling rules) is sent once, when a sequence is admitted, and each page when the slot gets it.
 
+pub use nemotron_kernels::ops::CHOSEN;
+
 use crate::request::{LogprobSpec, Logprobs, Sampling};
 
 /// Increased with every change of the encoding; ranks of different versions never get past the rendezvous.
@@ -23,7 +25,8 @@ pub struct StepPlan {
     /// Pages that slots get behind those they have.
     pub pages: Vec<(Slot, u32)>,
     pub work: Vec<Work>,
-    /// Ids of all `work`, one after another.
+    /// Ids of all `work`, one after another. In a step that was planned before the one ahead of it was done, [`CHOSEN`] with a slot stands for
+    /// what the device chose for that slot.
     pub tokens: Vec<u32>,
 }
 

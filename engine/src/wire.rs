@@ -84,6 +84,18 @@ pub fn read_frame(reader: &mut impl Read, max_length: usize, payload: &mut Vec<u
     Ok(kind)
 }
 
+/// Whether a frame has begun to arrive, or the connection has ended.
+///
+/// # Errors
+/// The socket refuses.
+pub(crate) fn has_arrived(stream: &TcpStream) -> io::Result<bool> {
+    stream.set_nonblocking(true)?;
+    let peeked = stream.peek(&mut [0]);
+    stream.set_nonblocking(false)?;
+    // What else is wrong with it, whoever reads next finds.
+    Ok(!peeked.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock))
+}
+
 /// Sets after how long a peer that acknowledges nothing is given up.
 ///
 /// TCP counts a peer that is up but reads nothing as such a peer, as soon as the socket buffers are full.

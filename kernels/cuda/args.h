@@ -13,11 +13,14 @@ static constexpr unsigned REDUCE_ROWS = 8u;
 static constexpr unsigned REDUCE_SLICES = 8u;
 static constexpr unsigned REDUCE_FLAGS = 512u;
 static constexpr unsigned NOT_FINITE = 4294967295u;
+static constexpr unsigned CHOSEN = 2147483648u;
 
 // x[r] = table[tokens[r] − first_id], or zeros where this rank's part of the vocabulary does not hold that id.
 struct Embed {
-    // [rows]
+    // [rows]; those with [`CHOSEN`] stand for ids that the host does not know yet.
     unsigned* tokens;
+    // [slots]: where [`Sample`] puts tokens.
+    unsigned* chosen;
     // [vocab, hidden]
     bf16* table;
     // [rows, hidden]
@@ -224,54 +227,23 @@ struct SampleRow {
     unsigned num_prompt;
     // Which row of the logits.
     unsigned logits_row;
-    // New tokens until nothing is masked any more; counted down by [`Advance`]. 0: the mask stays as it is.
-    unsigned num_until_unmasked;
+    // Where in `tokens` the token goes.
+    unsigned slot;
 };
 
-// tokens[r] = the token of rows[r], or [`NOT_FINITE`]. Changes the logits.
+// tokens[rows[r].slot] = the token of rows[r], or [`NOT_FINITE`]. Changes the logits.
 struct Sample {
     // [·, stride]
     float* logits;
     SampleRow* rows;
     unsigned* ids;
     float* biases;
-    // [num_rows]
+    // [slots]
     unsigned* tokens;
     unsigned num_rows;
     // Ids that may be chosen: 0 .. vocab.
     unsigned vocab;
     // Elements from row to row, at least `vocab`.
     unsigned stride;
-    unsigned reserved;
-};
-
-// Log-probability of tokens[r] under the plain softmax of logits[r], without a copy of the logits to the host.
-struct Logprob {
-    // [rows, stride]
-    float* logits;
-    // [rows]
-    unsigned* tokens;
-    // [rows]
-    float* out;
-    unsigned rows;
-    unsigned vocab;
-    unsigned stride;
-    unsigned reserved;
-};
-
-// Makes sampled tokens the input of the next decode step without the host: tokens[r] = sampled[r], positions[r] += 1, and the
-// sampler's row moves on too (position, minimum length, ids seen). Rows that are padding stay so.
-struct Advance {
-    // [rows]
-    unsigned* sampled;
-    // [rows]
-    unsigned* tokens;
-    // [rows]
-    unsigned* positions;
-    // [rows] or null; its `position` goes up by one, and if it has penalties the token is appended to its ids, for which there must
-    // be room.
-    SampleRow* sample_rows;
-    unsigned* ids;
-    unsigned rows;
     unsigned reserved;
 };

@@ -216,7 +216,7 @@ KERNEL(sample, Sample, 1024) {
     SampleShared& shared = *shared_memory;
     const SampleRow row = args.rows[blockIdx.x];
     float* logits = args.logits + static_cast<u64>(row.logits_row) * args.stride;
-    u32* token = args.tokens + blockIdx.x;
+    u32* token = args.tokens + row.slot;
     const u32 vocab = args.vocab;
 
     for (u32 i = threadIdx.x; i < row.num_masked; i += SAMPLE_THREADS) {
@@ -280,29 +280,4 @@ KERNEL(sample, Sample, 1024) {
     // Among equals, ids in ascending order.
     const u64 index = (target - drawn.above) / d.weight(from_key(drawn.key));
     pick(shared, vocab, [&](u64) { return index; }, [&](u32 id) -> u64 { return order_key(logits[id]) == drawn.key; }, token);
-}
-
-// One block a row; sums in f64, in an order that depends on the vocabulary alone.
-KERNEL(logprob, Logprob, 1024) {
-    SHARED(double, scratch, 32);
-    SHARED(float, maxima, 32);
-    const float* logits = args.logits + static_cast<u64>(blockIdx.x) * args.stride;
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float most = -infinity();
-    for (u32 id = threadIdx.x; id < args.vocab; id += blockDim.x) most = fmaxf(most, logits[id]);
-    most = warp_max(most);
-    if (lane == 0) maxima[warp] = most;
-    __syncthreads();
-    most = warp_max(maxima[lane]);
-    double sum = 0.0;
-    for (u32 id = threadIdx.x; id < args.vocab; id += blockDim.x) sum += exp(static_cast<double>(logits[id] - most));
-    for (u32 step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
-    if (lane == 0) scratch[warp] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        double total = 0.0;
-        for (u32 i = 0; i < 32; ++i) total += scratch[i];
-        const double log_total = static_cast<double>(most) + log(total);
-        args.out[blockIdx.x] = static_cast<float>(static_cast<double>(logits[args.tokens[blockIdx.x]]) - log_total);
-    }
 }

@@ -4,8 +4,8 @@ use std::ffi::c_void;
 
 use crate::args::Layout;
 use crate::ops::{
-    AddNorm, Advance, AllReduceNorm, Attention, AttentionCombine, Embed, GatherRows, Gemm, GemmReduce, Logprob,
-    MAX_GROUP, MAX_HEAD_DIM, MAX_PARTS, MAX_PEERS, RopeAppend, SPLIT_TOKENS, Sample,
+    AddNorm, AllReduceNorm, Attention, AttentionCombine, Embed, GatherRows, Gemm, GemmReduce, MAX_GROUP, MAX_HEAD_DIM,
+    MAX_PARTS, MAX_PEERS, RopeAppend, SPLIT_TOKENS, Sample,
 };
 
 /// A kernel with its grid and arguments: what `cuLaunchKernel` takes, with [`Self::args`] as the only kernel parameter.
@@ -62,8 +62,6 @@ pub const KERNELS: &[(&str, u32)] = &[
     ("gemm_reduce", 0),
     ("gather_rows", 0),
     ("sample", 0),
-    ("logprob", 0),
-    ("advance", 0),
 ];
 
 impl Embed {
@@ -221,18 +219,6 @@ impl GatherRows {
 impl Sample {
     pub fn launch(&self) -> Launch {
         Launch::new("sample", [self.num_rows, 1, 1], 1024, 0, self)
-    }
-}
-
-impl Logprob {
-    pub fn launch(&self) -> Launch {
-        Launch::new("logprob", [self.rows, 1, 1], 1024, 0, self)
-    }
-}
-
-impl Advance {
-    pub fn launch(&self) -> Launch {
-        Launch::new("advance", [self.rows.div_ceil(128), 1, 1], 128, 0, self)
     }
 }
 

@@ -46,6 +46,7 @@ pub(crate) const CONSTANTS: &[(&str, u32)] = &[
     ("REDUCE_SLICES", AllReduceNorm::SLICES),
     ("REDUCE_FLAGS", AllReduceNorm::FLAGS),
     ("NOT_FINITE", NOT_FINITE),
+    ("CHOSEN", CHOSEN),
 ];
 
 /// What a product stores.
@@ -60,14 +61,18 @@ pub enum Store {
 
 /// Written in place of a token by [`Sample`] when logits are NaN or +∞, or all are −∞.
 pub const NOT_FINITE: u32 = u32::MAX;
+/// In place of an id, with the number of a slot: the token that [`Sample`] has chosen last for that slot.
+pub const CHOSEN: u32 = 1 << 31;
 
 c_types! { AttentionTile = "AttentionTile" SampleRow = "SampleRow" }
 
 layout! {
     /// x[r] = table[tokens[r] − first_id], or zeros where this rank's part of the vocabulary does not hold that id.
     Embed {
-        /// [rows]
+        /// [rows]; those with [`CHOSEN`] stand for ids that the host does not know yet.
         tokens: Ptr<u32>,
+        /// [slots]: where [`Sample`] puts tokens.
+        chosen: Ptr<u32>,
         /// [vocab, hidden]
         table: Ptr<Bf16>,
         /// [rows, hidden]
@@ -274,55 +279,24 @@ layout! {
         num_prompt: u32,
         /// Which row of the logits.
         logits_row: u32,
-        /// New tokens until nothing is masked any more; counted down by [`Advance`]. 0: the mask stays as it is.
-        num_until_unmasked: u32,
+        /// Where in `tokens` the token goes.
+        slot: u32,
     }
 
-    /// tokens[r] = the token of rows[r], or [`NOT_FINITE`]. Changes the logits.
+    /// tokens[rows[r].slot] = the token of rows[r], or [`NOT_FINITE`]. Changes the logits.
     Sample {
         /// [·, stride]
         logits: Ptr<f32>,
         rows: Ptr<SampleRow>,
         ids: Ptr<u32>,
         biases: Ptr<f32>,
-        /// [num_rows]
+        /// [slots]
         tokens: Ptr<u32>,
         num_rows: u32,
         /// Ids that may be chosen: 0 .. vocab.
         vocab: u32,
         /// Elements from row to row, at least `vocab`.
         stride: u32,
-        reserved: u32,
-    }
-
-    /// Log-probability of tokens[r] under the plain softmax of logits[r], without a copy of the logits to the host.
-    Logprob {
-        /// [rows, stride]
-        logits: Ptr<f32>,
-        /// [rows]
-        tokens: Ptr<u32>,
-        /// [rows]
-        out: Ptr<f32>,
-        rows: u32,
-        vocab: u32,
-        stride: u32,
-        reserved: u32,
-    }
-
-    /// Makes sampled tokens the input of the next decode step without the host: tokens[r] = sampled[r], positions[r] += 1, and the
-    /// sampler's row moves on too (position, minimum length, ids seen). Rows that are padding stay so.
-    Advance {
-        /// [rows]
-        sampled: Ptr<u32>,
-        /// [rows]
-        tokens: Ptr<u32>,
-        /// [rows]
-        positions: Ptr<u32>,
-        /// [rows] or null; its `position` goes up by one, and if it has penalties the token is appended to its ids, for which there must
-        /// be room.
-        sample_rows: Ptr<SampleRow>,
-        ids: Ptr<u32>,
-        rows: u32,
         reserved: u32,
     }
 }

@@ -13,6 +13,7 @@ pub mod cuda;
 use crate::checkpoint::Tensor;
 use crate::config::ModelConfig;
 use crate::request::Choice;
+use crate::step::CHOSEN;
 
 /// Precision of matrix products and of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -94,6 +95,11 @@ pub struct StepBatch {
 impl StepBatch {
     pub fn num_tokens(&self) -> usize {
         self.tokens.len()
+    }
+
+    /// Whether the device has the ids of this step's tokens from the step before.
+    pub fn is_ahead(&self) -> bool {
+        self.tokens.first().is_some_and(|token| token & CHOSEN != 0)
     }
 
     /// Adds consecutive tokens of one sequence, whose pages are `pages`; returns the row of the first.
@@ -178,10 +184,14 @@ pub trait Backend: Send {
     fn begin(&self, batch: &StepBatch) -> Result<Begun, BackendError>;
     /// After the step's last layer.
     fn end(&self) -> Result<(), BackendError>;
-    /// Whether everything that was asked for is done; waits for it a moment. Operations do not wait: the first that failed shows here.
-    fn poll(&self) -> Result<bool, BackendError>;
+    /// Behind all that a step asks for. A device works while the host goes on, to the next step too; `poll` and `chosen` know the step by the number
+    /// that this returns, until the step after the next begins.
+    fn close(&self) -> usize;
+    /// Whether a step, or everything that was asked for, is done; waits for it a moment. Operations do not wait: the first that failed shows here.
+    fn poll(&self, step: Option<usize>) -> Result<bool, BackendError>;
 
-    /// out[t] = table[tokens[t] − first_id], or zeros where the table does not hold that id.
+    /// out[t] = table[tokens[t] − first_id], or zeros where the table does not hold that id. A token with [`CHOSEN`] is what `choose` chose for the
+    /// slot in the step before.
     fn embed(&self, table: &Self::Matrix, first_id: u32, tokens: &[u32], out: &mut Self::Buffer);
     /// out = (x − mean) / sqrt(var + eps) · (1 + γ) + β over each row; biased variance.
     fn layer_norm(&self, rows: usize, x: &Self::Buffer, norm: &Self::Norm, eps: f32, out: &mut Self::Operand);
@@ -217,8 +227,8 @@ pub trait Backend: Send {
     /// Chooses a token from each row of logits, whose first `vocab` columns count. False, and nothing is done, if the device leaves it to
     /// the host.
     fn choose(&self, choices: &[Choice], vocab: usize, logits: &mut Self::Buffer) -> bool;
-    /// The tokens of the first `count` rows that `choose` chose, once it is done; `None` where the logits were no numbers.
-    fn chosen(&self, count: usize, tokens: &mut Vec<Option<u32>>);
+    /// The token that `choose` chose for a slot, once the step is done; `None` where the logits were no numbers.
+    fn chosen(&self, step: usize, slot: u32) -> Option<u32>;
     /// The first `rows` rows, [rows, width], in host memory, where they may be overwritten. What made them must be done.
     fn fetch<'a>(&self, rows: usize, x: &'a mut Self::Buffer) -> Result<&'a mut [f32], BackendError>;
 }

@@ -58,6 +58,10 @@ pub trait Collective<B: Backend>: Send {
     fn send_next(&mut self, rows: usize, x: &B::Buffer) -> Result<(), CollectiveError>;
     /// From the same tensor-parallel rank of the previous pipeline stage.
     fn recv_previous(&mut self, rows: usize, x: &mut B::Buffer) -> Result<(), CollectiveError>;
+    /// Tells the tensor-parallel group's devices what that of rank 0 has chosen last, for the step that follows. Nothing to do where the host does.
+    fn share_choices(&mut self, _backend: &B) -> Result<(), CollectiveError> {
+        Ok(())
+    }
     /// Whether the ranks are still there, as far as this one knows. Asked while the device is waited for: a device waits for ever
     /// for one that is gone.
     fn check(&self) -> Result<(), CollectiveError>;
@@ -170,6 +174,10 @@ impl<B: Backend, C: Collective<B>> Collective<B> for Option<C> {
 
     fn recv_previous(&mut self, rows: usize, x: &mut B::Buffer) -> Result<(), CollectiveError> {
         self.as_mut().map_or(Ok(()), |ranks| ranks.recv_previous(rows, x))
+    }
+
+    fn share_choices(&mut self, backend: &B) -> Result<(), CollectiveError> {
+        self.as_mut().map_or(Ok(()), |ranks| ranks.share_choices(backend))
     }
 
     fn check(&self) -> Result<(), CollectiveError> {

@@ -522,6 +522,17 @@ impl Collective<CudaBackend> for NcclCollective {
         }
     }
 
+    /// All slots' choices, a kilobyte, and only where the next step needs them. The logits are on every rank already, but to sample there too would
+    /// take each of them a megabyte's placing a row, and the rows' sampling state.
+    fn share_choices(&mut self, backend: &CudaBackend) -> Result<(), CollectiveError> {
+        let Some(group) = &self.tensor else { return Ok(()) };
+        let (address, count) = backend.choices();
+        let transfer = |peer| (address, count, peer);
+        let (is_first, peers) = (self.mesh.tp_rank(self.rank) == 0, self.mesh.tp);
+        let sends = (1..peers).filter(|_| is_first).map(transfer);
+        group.exchange("sharing choices", &self.device, sends, (!is_first).then(|| transfer(0)))
+    }
+
     fn check(&self) -> Result<(), CollectiveError> {
         for group in self.tensor.iter().chain(&self.pipeline) {
             match group.state() {

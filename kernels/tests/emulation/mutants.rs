@@ -31,6 +31,7 @@ const GEMM: &str = "gemm::products_are_those_of_f64";
 const NORM: &str = "norm::add_norm_adds_in_f32_and_normalises";
 const ALL_REDUCE: &str = "norm::all_ranks_get_the_sum_of_the_tree";
 const ROPE: &str = "rope::heads_are_rotated_and_stored_at_their_positions";
+const EMBED: &str = "rows::embed_takes_rows_of_its_own_part_of_the_vocabulary_and_of_what_was_chosen";
 const SAMPLE: &str = "sample::tokens_are_those_of_the_host";
 const TIES: &str = "sample::equal_logits_and_hopeless_ones";
 
@@ -82,6 +83,7 @@ const MUTANTS: &[Mutant] = &[
     mutant("ranks are added out of order", "norm.cu", "parts[rank + step]", "parts[(rank + step) % 3]", ALL_REDUCE),
     mutant("the sine has the wrong sign", "rope.cu", "+ from[at - half] * sines", "- from[at - half] * sines", ROPE),
     mutant("values are rotated", "rope.cu", "head < heads + args.kv_heads && at", "at", ROPE),
+    mutant("the token of another slot", "rows.cu", "args.chosen[token & ~CHOSEN]", "args.chosen[0]", EMBED),
     mutant("top-k keeps one too many", "sample.cu", "true, row.top_k - 1).key", "true, row.top_k).key", SAMPLE),
     mutant(
         "the nucleus ends one too early",

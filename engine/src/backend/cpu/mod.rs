@@ -260,7 +260,11 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn poll(&self) -> Result<bool, BackendError> {
+    fn close(&self) -> usize {
+        0
+    }
+
+    fn poll(&self, _: Option<usize>) -> Result<bool, BackendError> {
         Ok(true)
     }
 
@@ -326,7 +330,9 @@ impl Backend for CpuBackend {
         false
     }
 
-    fn chosen(&self, _: usize, _: &mut Vec<Option<u32>>) {}
+    fn chosen(&self, _: usize, _: u32) -> Option<u32> {
+        None
+    }
 
     fn fetch<'a>(&self, rows: usize, x: &'a mut Buffer) -> Result<&'a mut [f32], BackendError> {
         Ok(x.rows_mut(rows))

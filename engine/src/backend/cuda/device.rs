@@ -23,6 +23,8 @@ use crate::backend::BackendError;
 const DEFAULT_SHARED_BYTES: u32 = 48 << 10;
 /// How long [`Device::poll`] waits at most.
 const PATIENCE: Duration = Duration::from_millis(20);
+/// And [`Device::poll_for`], whose caller has something else to look at.
+const MOMENT: Duration = Duration::from_micros(50);
 
 /// One GPU as one rank uses it.
 pub struct Device {
@@ -218,16 +220,28 @@ impl Device {
     /// # Errors
     /// The device or the driver has refused something since the last call.
     pub fn poll(&self) -> Result<bool, BackendError> {
-        self.note("marking the end of a step", self.done.record(&self.stream));
+        self.mark(&self.done);
+        self.watch(&self.done, PATIENCE)
+    }
+
+    /// Whether an event has happened; waits for it a moment.
+    ///
+    /// # Errors
+    /// As [`Device::poll`].
+    pub fn poll_for(&self, event: &CudaEvent) -> Result<bool, BackendError> {
+        self.watch(event, MOMENT)
+    }
+
+    fn watch(&self, event: &CudaEvent, patience: Duration) -> Result<bool, BackendError> {
         if let Some(reason) = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
             return Err(BackendError::Failed { device: "CUDA", reason });
         }
         let start = Instant::now();
         loop {
-            match self.done.try_is_complete() {
+            match event.try_is_complete() {
                 Ok(true) => return Ok(true),
                 // A step is milliseconds long: sleeping would be longer than what is left of it.
-                Ok(false) if start.elapsed() < PATIENCE => std::thread::yield_now(),
+                Ok(false) if start.elapsed() < patience => std::thread::yield_now(),
                 Ok(false) => return Ok(false),
                 Err(error) => return Err(failed("a kernel or copy of this step", &error)),
             }

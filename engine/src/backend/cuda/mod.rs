@@ -119,7 +119,7 @@ impl CudaBackend {
             blas: RefCell::new(blas),
             uploader: RefCell::new(Uploader::new(&device)?),
             step: RefCell::new(StepData::new(&device, options)?),
-            sampling: RefCell::new(SampleData::new(&device)?),
+            sampling: RefCell::new(SampleData::new(&device, &options.limits)?),
             graphs: RefCell::default(),
             partials: RefCell::new(None),
             heads: OnceCell::new(),
@@ -131,6 +131,11 @@ impl CudaBackend {
 
     pub fn device(&self) -> &Arc<Device> {
         &self.device
+    }
+
+    /// Where the token that was chosen last for each slot is, and the number of slots.
+    pub(crate) fn choices(&self) -> (u64, usize) {
+        self.sampling.borrow().choices()
     }
 
     /// # Errors
@@ -307,6 +312,7 @@ impl Backend for CudaBackend {
         self.device.bind()?;
         let mut step = self.step.borrow_mut();
         step.begin(&self.device, batch)?;
+        self.sampling.borrow_mut().begin(step.turn());
         if let Some(shape) = step.shape()
             && self.graphs.borrow_mut().replay(&self.device, shape)?
         {
@@ -319,14 +325,25 @@ impl Backend for CudaBackend {
         self.graphs.borrow_mut().end(&self.device)
     }
 
-    fn poll(&self) -> Result<bool, BackendError> {
-        self.device.poll()
+    fn close(&self) -> usize {
+        let step = self.step.borrow();
+        self.sampling.borrow_mut().download(&self.device);
+        self.device.mark(step.done(step.turn()));
+        step.turn()
+    }
+
+    fn poll(&self, step: Option<usize>) -> Result<bool, BackendError> {
+        match step {
+            Some(turn) => self.device.poll_for(self.step.borrow().done(turn)),
+            None => self.device.poll(),
+        }
     }
 
     fn embed(&self, table: &Matrix, first_id: u32, _: &[u32], out: &mut Buffer) {
         let step = self.step.borrow();
         let embed = Embed {
             tokens: step.tokens(),
+            chosen: Ptr::new(self.choices().0),
             table: Ptr::new(table.memory.pointer()),
             x: Ptr::new(out.memory.pointer()),
             rows: step.num_rows() as u32,
@@ -435,9 +452,8 @@ impl Backend for CudaBackend {
         self.sampling.borrow_mut().choose(&self.device, choices, vocab, (logits.address(), logits.width))
     }
 
-    fn chosen(&self, count: usize, tokens: &mut Vec<Option<u32>>) {
-        tokens.clear();
-        tokens.extend(self.sampling.borrow_mut().tokens(count));
+    fn chosen(&self, step: usize, slot: u32) -> Option<u32> {
+        self.sampling.borrow().token(step, slot)
     }
 
     fn fetch<'a>(&self, rows: usize, x: &'a mut Buffer) -> Result<&'a mut [f32], BackendError> {

@@ -1,4 +1,4 @@
-//! What the sampling kernel reads and writes, for the rows of one batch of logits.
+//! What the sampling kernel reads and writes, for the rows of a step.
 
 use std::sync::Arc;
 
@@ -9,24 +9,36 @@ use super::device::{Device, Memory, Pinned};
 use super::sizes;
 use crate::backend::BackendError;
 use crate::request::Choice;
-use crate::spec::LOGIT_ROWS;
+use crate::spec::Limits;
 
+/// For one step and the one behind it, used in turn as in [`StepData`](super::step::StepData).
 pub(super) struct SampleData {
-    /// [LOGIT_ROWS], then [ids], then [ids] biases, then [LOGIT_ROWS] tokens
-    host: Pinned,
+    /// [slots] rows, then [ids], then [ids] biases, then [slots] tokens
+    hosts: [Pinned; 2],
+    turn: usize,
     device: Memory,
+    slots: usize,
     ids: usize,
+    /// Of this step, so far.
+    num_rows: usize,
+    num_ids: usize,
 }
 
 impl SampleData {
-    pub(super) fn new(device: &Arc<Device>) -> Result<Self, BackendError> {
-        let (ids, bytes) = sizes::sampling();
-        let (host, memory) = (device.allocate_pinned("sampling", bytes)?, device.allocate("sampling", bytes)?);
-        Ok(Self { host, device: memory, ids })
+    pub(super) fn new(device: &Arc<Device>, limits: &Limits) -> Result<Self, BackendError> {
+        let (ids, bytes) = sizes::sampling(limits);
+        let host = || device.allocate_pinned("sampling", bytes);
+        let (hosts, memory) = ([host()?, host()?], device.allocate("sampling", bytes)?);
+        Ok(Self { hosts, turn: 0, device: memory, slots: limits.max_sequences, ids, num_rows: 0, num_ids: 0 })
+    }
+
+    /// Begins a step with that turn.
+    pub(super) fn begin(&mut self, turn: usize) {
+        (self.turn, self.num_rows, self.num_ids) = (turn, 0, 0);
     }
 
     fn ids_at(&self) -> usize {
-        LOGIT_ROWS * size_of::<SampleRow>()
+        self.slots * size_of::<SampleRow>()
     }
 
     fn biases_at(&self) -> usize {
@@ -37,7 +49,7 @@ impl SampleData {
         self.biases_at() + self.ids * 4
     }
 
-    /// Puts the choice of a token for each row on the stream; false if the rows name more ids than there is room for.
+    /// Puts the choice of a token for each row on the stream; false if the step's rows name more ids than there is room for.
     pub(super) fn choose(
         &mut self,
         device: &Device,
@@ -46,10 +58,11 @@ impl SampleData {
         (logits, stride): (u64, usize),
     ) -> bool {
         let named = |choice: &Choice| choice.masked.len() + choice.sampling.logit_bias.len() + choice.seen.len();
-        if choices.len() > LOGIT_ROWS || choices.iter().map(named).sum::<usize>() > self.ids {
+        let (first_row, first_id) = (self.num_rows, self.num_ids);
+        if first_row + choices.len() > self.slots || first_id + choices.iter().map(named).sum::<usize>() > self.ids {
             return false;
         }
-        let (mut num_ids, mut num_biases) = (0, 0);
+        let (mut num_ids, mut biases_end) = (first_id, first_id);
         for (index, choice) in choices.iter().enumerate() {
             let sampling = choice.sampling;
             let first_biased = num_ids;
@@ -57,7 +70,7 @@ impl SampleData {
                 self.put(self.ids_at() + num_ids * 4, id);
                 self.put(self.biases_at() + num_ids * 4, bias);
                 num_ids += 1;
-                num_biases = num_ids;
+                biases_end = num_ids;
             }
             let first_masked = num_ids;
             for &id in choice.masked.iter().chain(choice.seen) {
@@ -83,22 +96,26 @@ impl SampleData {
                 num_seen: choice.seen.len() as u32,
                 num_prompt: choice.num_prompt,
                 logits_row: index as u32,
-                num_until_unmasked: 0,
+                slot: choice.slot,
             };
-            self.put(index * size_of::<SampleRow>(), row);
+            self.put((first_row + index) * size_of::<SampleRow>(), row);
         }
+        (self.num_rows, self.num_ids) = (first_row + choices.len(), num_ids);
         let (ids_at, biases_at, tokens_at) = (self.ids_at(), self.biases_at(), self.tokens_at());
-        for (at, bytes) in
-            [(0, choices.len() * size_of::<SampleRow>()), (ids_at, num_ids * 4), (biases_at, num_biases * 4)]
-        {
+        let rows_at = first_row * size_of::<SampleRow>();
+        for (at, bytes) in [
+            (rows_at, choices.len() * size_of::<SampleRow>()),
+            (ids_at + first_id * 4, (num_ids - first_id) * 4),
+            (biases_at + first_id * 4, (biases_end - first_id) * 4),
+        ] {
             if bytes > 0 {
-                device.upload(&self.host, at, bytes, &self.device, at);
+                device.upload(&self.hosts[self.turn], at, bytes, &self.device, at);
             }
         }
         let address = |at: usize| self.device.pointer() + at as u64;
         let sample = Sample {
             logits: Ptr::new(logits),
-            rows: Ptr::new(address(0)),
+            rows: Ptr::new(address(rows_at)),
             ids: Ptr::new(address(ids_at)),
             biases: Ptr::new(address(biases_at)),
             tokens: Ptr::new(address(tokens_at)),
@@ -109,18 +126,29 @@ impl SampleData {
         };
         // SAFETY: the rows were put there, name ids that were, and the logits have as many rows.
         unsafe { device.launch(&sample.launch()) };
-        device.download(&self.device, tokens_at, choices.len() * 4, &mut self.host, tokens_at);
         true
     }
 
-    /// The tokens that were chosen for `count` rows, once the stream has passed; `None` for logits that are no numbers.
-    pub(super) fn tokens(&self, count: usize) -> impl Iterator<Item = Option<u32>> {
-        let words = &self.host.slice::<u32>(self.tokens_at() / 4 + count)[self.tokens_at() / 4..];
-        words.iter().map(|&token| (token != NOT_FINITE).then_some(token))
+    /// Where the token that was chosen last for each slot is, and the number of slots.
+    pub(super) fn choices(&self) -> (u64, usize) {
+        (self.device.pointer() + self.tokens_at() as u64, self.slots)
+    }
+
+    /// Puts the copy of what was chosen in this step on the stream.
+    pub(super) fn download(&mut self, device: &Device) {
+        let at = self.tokens_at();
+        device.download(&self.device, at, self.slots * 4, &mut self.hosts[self.turn], at);
+    }
+
+    /// What was chosen for a slot in the step of that turn, once it is done; `None` for logits that are no numbers.
+    pub(super) fn token(&self, turn: usize, slot: u32) -> Option<u32> {
+        let first = self.tokens_at() / 4;
+        let token = self.hosts[turn].slice::<u32>(first + self.slots)[first + slot as usize];
+        (token != NOT_FINITE).then_some(token)
     }
 
     fn put<T: Copy>(&mut self, at: usize, value: T) {
-        let bytes = self.host.slice_mut::<u8>(at + size_of::<T>());
+        let bytes = self.hosts[self.turn].slice_mut::<u8>(at + size_of::<T>());
         assert!(at.is_multiple_of(align_of::<T>()), "arrays are aligned");
         // SAFETY: the bytes were just shown to be there; kernels' structs have no padding.
         unsafe { bytes[at..].as_mut_ptr().cast::<T>().write(value) };

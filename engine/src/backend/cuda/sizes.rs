@@ -13,7 +13,7 @@ const PARTIALS_BYTES: usize = 128 << 20;
 pub(super) const WORD: usize = size_of::<u32>();
 /// Words of an [`AttentionTile`].
 pub(super) const TILE_WORDS: usize = size_of::<AttentionTile>() / WORD;
-/// Ids that all rows of a batch of logits may name together, for each row of a batch.
+/// Ids that all rows of a step may name together, for each of [`LOGIT_ROWS`].
 const IDS_PER_ROW: usize = 16 << 10;
 
 /// Rows that a buffer has room for, so that a product may fill up its last tile.
@@ -34,10 +34,10 @@ pub(super) fn step(limits: &Limits, max_context: usize) -> (usize, usize) {
     (rows, rows * (4 + TILE_WORDS) + pages)
 }
 
-/// Ids that a batch of logits may name, and bytes of all that sampling reads and writes.
-pub(super) fn sampling() -> (usize, usize) {
+/// Ids that a step may name for sampling, and bytes of all that sampling reads and writes.
+pub(super) fn sampling(limits: &Limits) -> (usize, usize) {
     let ids = LOGIT_ROWS * IDS_PER_ROW;
-    (ids, LOGIT_ROWS * size_of::<SampleRow>() + 2 * ids * WORD + LOGIT_ROWS * WORD)
+    (ids, limits.max_sequences * (size_of::<SampleRow>() + WORD) + 2 * ids * WORD)
 }
 
 /// Rows times splits that one launch of attention may have.
@@ -68,7 +68,7 @@ pub(crate) fn workspace(
     let partials = matrices.map(|(rows, cols)| partials(limits, rows, cols)).max().unwrap_or(0);
     let rotations = max_context * shape.rotary_dim * 4;
     let [q, sums, stats] = attention(limits, max_context, shape);
-    WORKSPACE_BYTES + step(limits, max_context).1 * WORD + sampling().1 + partials + rotations + q + sums + stats
+    WORKSPACE_BYTES + step(limits, max_context).1 * WORD + sampling(limits).1 + partials + rotations + q + sums + stats
 }
 
 /// Bytes of buffers of `capacity` rows: f32 ones, and operands, by the sums of their widths.

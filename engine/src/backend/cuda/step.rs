@@ -1,7 +1,9 @@
-//! What a step's kernels read about its rows: one block of pinned memory that goes to the device in one copy.
+//! What a step's kernels read about its rows: one block of pinned memory that goes to the device in one copy. There are two, used in turn: one step
+//! is laid out while that before it still runs.
 
 use std::sync::Arc;
 
+use cudarc::driver::CudaEvent;
 use nemotron_kernels::Ptr;
 use nemotron_kernels::ops::{Attention, GatherRows, NO_ROW};
 
@@ -10,12 +12,15 @@ use super::sizes::{self, TILE_WORDS, WORD};
 use super::{CudaOptions, graphs};
 use crate::backend::{BackendError, HeadShape, StepBatch};
 
-/// No token has it: its embedding is zeros.
-const NO_ID: u32 = u32::MAX;
+/// No token has it, and it is no slot's: its embedding is zeros.
+const NO_ID: u32 = u32::MAX >> 1;
 
 /// The rows of a step, on the host and on the device. The arrays lie one behind the other.
 pub(super) struct StepData {
-    host: Pinned,
+    hosts: [Pinned; 2],
+    /// By turn: what happens when the step is done.
+    done: [CudaEvent; 2],
+    turn: usize,
     device: Memory,
     /// Rows that each array has room for.
     rows: usize,
@@ -52,8 +57,11 @@ pub(super) struct Group {
 impl StepData {
     pub(super) fn new(device: &Arc<Device>, options: &CudaOptions) -> Result<Self, BackendError> {
         let (rows, words) = sizes::step(&options.limits, options.max_context);
+        let host = || device.allocate_pinned("the rows of a step", words * WORD);
         Ok(Self {
-            host: device.allocate_pinned("the rows of a step", words * WORD)?,
+            hosts: [host()?, host()?],
+            done: [device.event()?, device.event()?],
+            turn: 0,
             device: device.allocate("the rows of a step", words * WORD)?,
             rows,
             words,
@@ -79,7 +87,16 @@ impl StepData {
         self.first_prompt_row
     }
 
-    /// Lays out a step and puts its copy on the stream.
+    /// The step's number, in turn.
+    pub(super) fn turn(&self) -> usize {
+        self.turn
+    }
+
+    pub(super) fn done(&self, turn: usize) -> &CudaEvent {
+        &self.done[turn]
+    }
+
+    /// Lays out a step and puts its copy on the stream. The step before the last one is done.
     ///
     /// # Errors
     /// There are more rows or pages than there is room for.
@@ -90,6 +107,7 @@ impl StepData {
             let reason = format!("a step of {tokens} tokens and {pages} pages is larger than what was planned");
             return Err(BackendError::Failed { device: "CUDA", reason });
         }
+        self.turn ^= 1;
         (self.first_prompt_row, self.num_gathered, self.num_tiles) = (batch.num_generated, 0, 0);
         self.put(0, &batch.tokens);
         self.put(self.rows, &batch.positions);
@@ -103,7 +121,7 @@ impl StepData {
             self.make_groups(batch);
             self.round_up(batch);
         }
-        device.upload(&self.host, 0, end * WORD, &self.device, 0);
+        device.upload(&self.hosts[self.turn], 0, end * WORD, &self.device, 0);
         Ok(())
     }
 
@@ -180,7 +198,7 @@ impl StepData {
         let at = (3 + TILE_WORDS) * self.rows + self.num_gathered;
         assert!(self.num_gathered + indices.len() <= self.rows, "every row of a step is gathered once at most");
         self.put(at, indices);
-        device.upload(&self.host, at * WORD, indices.len() * WORD, &self.device, at * WORD);
+        device.upload(&self.hosts[self.turn], at * WORD, indices.len() * WORD, &self.device, at * WORD);
         self.num_gathered += indices.len();
         self.first_prompt_row = usize::MAX;
         let (rows, width) = (indices.len() as u32, width as u32);
@@ -218,7 +236,7 @@ impl StepData {
     }
 
     fn words_mut(&mut self) -> &mut [u32] {
-        self.host.slice_mut(self.words)
+        self.hosts[self.turn].slice_mut(self.words)
     }
 
     fn put(&mut self, at: usize, words: &[u32]) {
