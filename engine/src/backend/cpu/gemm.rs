@@ -13,11 +13,7 @@ use super::simd::{Kernel, Simd};
 /// Rows of x that one task multiplies: their partial sums stay in the cache.
 pub(super) const ROW_BLOCK: usize = 512;
 /// Steps after which the next rows take their turn: the weights of so many stay in the cache for all of them.
-const STEP_BLOCK: usize = 512;
-/// The same for few rows, whose sums are quickly put aside: decoded weights then stay in the nearest cache.
-const SHORT_STEP_BLOCK: usize = 64;
-/// Few rows.
-const SHORT_BLOCK_ROWS: usize = 64;
+const STEP_BLOCK: usize = 256;
 /// Steps by which weights are asked for ahead of their use.
 const PREFETCH: usize = 48;
 /// Logarithm of the largest number of chunks.
@@ -108,19 +104,18 @@ impl<P: Product> Kernel for Gemm<'_, P> {
         assert!(chunks.is_power_of_two() && chunks <= 1 << MAX_LEVELS && steps.is_multiple_of(chunks));
         let width = steps / chunks;
         let (sums, len, decoded) = (self.sums, rows * PANEL, self.decoded);
-        let step_block =
-            if rows <= SHORT_BLOCK_ROWS && !is_one_tile::<S>(rows) { SHORT_STEP_BLOCK } else { STEP_BLOCK };
+        // To decode a second time costs less than to put aside and to fetch.
+        let is_decoded_once = !panel.codes.is_empty() && rows > 2 * if S::WIDE { WIDE_ROWS } else { NARROW_ROWS };
         for chunk in 0..chunks {
             let mut level = 0;
             // Sums of 2, 4, … chunks are completed as a binary counter carries: this chunk's go behind those that it completes.
             let target = chunk.trailing_ones() as usize;
             let (earlier, part) = sums.split_at_mut(target * len);
             let part = &mut part[..len];
-            for start in (0..width).step_by(step_block) {
+            for start in (0..width).step_by(STEP_BLOCK) {
                 let first = chunk * width + start;
-                let range = first..first + step_block.min(width - start);
+                let range = first..first + STEP_BLOCK.min(width - start);
                 let x = &x[first * P::STEP..];
-                let is_decoded_once = !panel.codes.is_empty() && !is_one_tile::<S>(rows);
                 let decoded = is_decoded_once.then_some(&mut decoded[..range.len()]);
                 let block = Block::<P> { x, x_stride, rows, panel, range, decoded, is_first: start == 0, sums: part };
                 // SAFETY: the CPU has S, and the operands were measured above.
@@ -159,11 +154,6 @@ impl<P: Product> Kernel for Gemm<'_, P> {
 /// Rows of the largest tile with 32 registers, and with 16.
 const WIDE_ROWS: usize = 12;
 const NARROW_ROWS: usize = 4;
-
-fn is_one_tile<S: Simd>(rows: usize) -> bool {
-    let max = if S::WIDE { WIDE_ROWS } else { NARROW_ROWS };
-    rows == max || rows < max && rows.is_power_of_two()
-}
 
 /// All rows with some steps of a panel.
 struct Block<'a, P: Product> {
@@ -280,7 +270,7 @@ impl<P: Product, const MR: usize, const NV: usize> Kernel for Tile<'_, P, MR, NV
                     x = add_step::<S, P, MR, NV>(x, self.x_stride, load::<S, NV>(words), &mut sums);
                 }
             } else if P::STEP == 2 {
-                let exponents = S::exponents(&self.panel.exponents.by_code);
+                let base = S::base(self.panel.exponents.base());
                 let other = others.partition_point(|other| (*other as usize) < self.range.start);
                 let mut others = others[other..].iter().zip(&words[other..]);
                 let mut other = others.next();
@@ -295,9 +285,9 @@ impl<P: Product, const MR: usize, const NV: usize> Kernel for Tile<'_, P, MR, NV
                             load::<S, NV>(words.as_ptr().add(16 * first_half))
                         }
                         _ => {
-                            let mut pairs = [S::decode(codes, first_half, exponents); NV];
+                            let mut pairs = [S::decode(codes, first_half, base); NV];
                             for v in 1..NV {
-                                pairs[v] = S::decode(codes, first_half + v, exponents);
+                                pairs[v] = S::decode(codes, first_half + v, base);
                             }
                             pairs
                         }

@@ -124,7 +124,7 @@ pub(super) struct Panel<'a> {
     /// At most [`PANEL`].
     pub(super) columns: usize,
     pub(super) steps: usize,
-    pub(super) exponents: &'a Exponents,
+    pub(super) exponents: Exponents,
     /// [steps], or nothing.
     pub(super) codes: &'a [[u8; STEP_BYTES]],
     /// Beside codes: the steps that are not encoded, in order.
@@ -193,7 +193,7 @@ impl Matrix {
         let (num_panels, panel_len) = (self.num_panels(), self.steps * STEP_BYTES);
         let mut codes = Aligned::zeroed(num_panels * panel_len, "a weight matrix")?;
         let others = Mutex::new(Vec::new());
-        let exponents = &self.exponents;
+        let exponents = self.exponents;
         pool.for_chunks(codes.as_mut_slice(), panel_len.max(1), self.rows * self.cols, |panel, codes| {
             let mut own = Vec::new();
             let codes = codes.as_chunks_mut().0;
@@ -225,7 +225,7 @@ impl Matrix {
         Panel {
             columns: PANEL.min(self.rows - index * PANEL),
             steps: self.steps,
-            exponents: &self.exponents,
+            exponents: self.exponents,
             codes: if is_encoded { &codes[steps.clone()] } else { &[] },
             others: &self.others[others.clone()],
             words: &words[if is_encoded { others } else { steps }],
@@ -264,7 +264,7 @@ enum Target<'a> {
     Words(&'a mut [[u32; PANEL]]),
     /// What cannot be encoded is appended to `others`, with its step.
     Codes {
-        exponents: &'a Exponents,
+        exponents: Exponents,
         codes: &'a mut [[u8; STEP_BYTES]],
         others: &'a mut Vec<(u32, [u32; PANEL])>,
     },

@@ -21,8 +21,6 @@ pub(super) trait Simd: Copy {
     type F32: Copy;
     /// 32 bf16; lane i holds elements 2i and 2i + 1.
     type Pairs: Copy;
-    /// Sixteen exponents, to be looked up.
-    type Exponents: Copy;
 
     unsafe fn splat(value: f32) -> Self::F32;
     unsafe fn load(from: *const f32) -> Self::F32;
@@ -38,9 +36,9 @@ pub(super) trait Simd: Copy {
     unsafe fn load_pairs(from: *const u16) -> Self::Pairs;
     /// The sixteen words as f32.
     unsafe fn as_f32(pairs: Self::Pairs) -> Self::F32;
-    unsafe fn exponents(by_code: &[u16; 32]) -> Self::Exponents;
-    /// A half, 0 or 1, of the encoded step of a panel (`twelve_bits.rs`).
-    unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, exponents: Self::Exponents) -> Self::Pairs;
+    /// A half, 0 or 1, of the encoded step of a panel (`twelve_bits.rs`), with the exponents' base in every element.
+    unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, base: Self::Pairs) -> Self::Pairs;
+    unsafe fn base(base: u16) -> Self::Pairs;
     /// The pair of bf16 at `from` in every lane.
     unsafe fn splat_pair(from: *const u16) -> Self::Pairs;
     /// The even elements and the odd ones, widened.
@@ -138,7 +136,6 @@ impl Simd for Portable {
     const WIDE: bool = false;
     type F32 = [f32; 16];
     type Pairs = [u16; 32];
-    type Exponents = [u16; 32];
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> [f32; 16] {
@@ -190,15 +187,15 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn exponents(by_code: &[u16; 32]) -> [u16; 32] {
-        *by_code
+    unsafe fn base(base: u16) -> [u16; 32] {
+        [base; 32]
     }
 
     #[inline(always)]
-    unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, exponents: [u16; 32]) -> [u16; 32] {
+    unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, base: [u16; 32]) -> [u16; 32] {
         // SAFETY: valid for a step.
         let step = unsafe { &*step };
-        std::array::from_fn(|i| twelve_bits::decode(step, half, i, &exponents))
+        std::array::from_fn(|i| twelve_bits::decode(step, half, i, base[i]))
     }
 
     #[inline(always)]

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::simd::{Kernel, Simd};
-use super::twelve_bits::{SIGN_AND_MANTISSA, STEP_BYTES};
+use super::twelve_bits::{CODE, CODE_SHIFT, STEP_BYTES, TWELVE_BITS};
 
 /// AVX-512 with the bf16 dot product.
 #[derive(Clone, Copy)]
@@ -45,7 +45,6 @@ macro_rules! avx512_lanes {
         const WIDE: bool = true;
         type F32 = __m512;
         type Pairs = __m512i;
-        type Exponents = __m512i;
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> __m512 {
@@ -102,23 +101,28 @@ macro_rules! avx512_lanes {
         }
 
         #[inline(always)]
-        unsafe fn exponents(by_code: &[u16; 32]) -> __m512i {
+        unsafe fn base(base: u16) -> __m512i {
             // SAFETY: as above.
-            unsafe { _mm512_loadu_si512(by_code.as_ptr().cast()) }
+            unsafe { _mm512_set1_epi16(base as i16) }
         }
 
         #[inline(always)]
-        unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, exponents: __m512i) -> __m512i {
-            // SAFETY: as above; 32 bytes each lie inside the step. The look-up heeds five bits of a code, the exponents are there twice, and the
-            // sign, which goes to the upper byte, is cleared but for its place. Of a shift of 16 bits the compiler makes three instructions.
+        unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, base: __m512i) -> __m512i {
+            // SAFETY: as above; 64 bytes, and 32 behind them, lie inside the step. What the shift brings from beside an element, and the sign's copies,
+            // do not outlast the selections. Of a shift of 16 bits the compiler makes three instructions.
             unsafe {
                 let from = step.cast::<u8>();
-                let signs = _mm512_cvtepi8_epi16(_mm256_loadu_si256(from.add(32 * half).cast()));
-                let codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(from.add(64).cast()));
-                let codes = if half == 0 { codes } else { _mm512_srli_epi64::<4>(codes) };
-                let exponents = _mm512_permutexvar_epi16(codes, exponents);
-                // (a & b) | c
-                _mm512_ternarylogic_epi32::<0xea>(signs, _mm512_set1_epi16(SIGN_AND_MANTISSA as i16), exponents)
+                let words = _mm512_loadu_si512(from.cast());
+                let bits = match half {
+                    0 => words,
+                    _ => {
+                        let signs = _mm512_cvtepi8_epi16(_mm256_loadu_si256(from.add(64).cast()));
+                        let codes = _mm512_srli_epi64::<CODE_SHIFT>(words);
+                        // a ? b : c
+                        _mm512_ternarylogic_epi32::<0xca>(_mm512_set1_epi16(CODE as i16), codes, signs)
+                    }
+                };
+                _mm512_add_epi16(_mm512_and_si512(bits, _mm512_set1_epi16(TWELVE_BITS as i16)), base)
             }
         }
 
@@ -199,7 +203,6 @@ impl Simd for Avx2 {
     const WIDE: bool = false;
     type F32 = [__m256; 2];
     type Pairs = [__m256i; 2];
-    type Exponents = __m256i;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> [__m256; 2] {
@@ -258,28 +261,29 @@ impl Simd for Avx2 {
         unsafe { pairs.map(|pairs| _mm256_castsi256_ps(pairs)) }
     }
 
-    /// As bytes, in each half of the register.
     #[inline(always)]
-    unsafe fn exponents(by_code: &[u16; 32]) -> __m256i {
-        let bytes = by_code.first_chunk::<16>().map_or([0; 16], |half| half.map(|exponent| (exponent >> 7) as u8));
+    unsafe fn base(base: u16) -> [__m256i; 2] {
         // SAFETY: as above.
-        unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast())) }
+        unsafe { [_mm256_set1_epi16(base as i16); 2] }
     }
 
     #[inline(always)]
-    unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, exponents: __m256i) -> [__m256i; 2] {
-        // SAFETY: as above; 16 bytes each lie inside the step. An index with its highest bit set is looked up as zero.
+    unsafe fn decode(step: *const [u8; STEP_BYTES], half: usize, base: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: as above; 32 bytes, and 16 from the sixty-fourth on, lie inside the step.
         unsafe {
             [0, 16].map(|at| {
-                let from = step.cast::<u8>().add(at);
-                let signs = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.add(32 * half).cast()));
-                let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(from.add(64).cast()));
-                let codes = if half == 0 { codes } else { _mm256_srli_epi16::<4>(codes) };
-                let codes = _mm256_and_si256(codes, _mm256_set1_epi16(0x000f));
-                let exponents =
-                    _mm256_shuffle_epi8(exponents, _mm256_or_si256(codes, _mm256_set1_epi16(0x8000_u16 as i16)));
-                let signs = _mm256_and_si256(signs, _mm256_set1_epi16(SIGN_AND_MANTISSA as i16));
-                _mm256_or_si256(signs, _mm256_slli_epi16::<7>(exponents))
+                let from = step.cast::<u8>();
+                let words = _mm256_loadu_si256(from.add(2 * at).cast());
+                let bits = match half {
+                    0 => words,
+                    _ => {
+                        let signs = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.add(64 + at).cast()));
+                        let (code, codes) =
+                            (_mm256_set1_epi16(CODE as i16), _mm256_srli_epi16::<{ CODE_SHIFT as i32 }>(words));
+                        _mm256_or_si256(_mm256_and_si256(code, codes), _mm256_andnot_si256(code, signs))
+                    }
+                };
+                _mm256_add_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(TWELVE_BITS as i16)), base[0])
             })
         }
     }
