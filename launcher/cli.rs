@@ -442,9 +442,15 @@ pub struct WorkerArgs {
     pub supervisor: Vec<SocketAddr>,
 }
 
-/// The command line with the environment variable and the default of each configuration key in the help of its flag.
+/// Commands that read no settings, though flags of theirs are called like some.
+const OWN_DEFAULTS: [&str; 2] = ["bench", "convert"];
+
+/// The command line with the environment variable and the default of each configuration key in the help of its flag, where settings are read.
 pub fn command() -> clap::Command {
     Cli::command().mut_subcommands(|subcommand| {
+        if OWN_DEFAULTS.contains(&subcommand.get_name()) {
+            return subcommand;
+        }
         subcommand.mut_args(|argument| match argument.get_long().and_then(keys::by_flag) {
             Some(key) if argument.get_env().is_none() => {
                 let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
@@ -485,6 +491,10 @@ mod tests {
             ] {
                 assert!(help.contains(expected), "{name}: {expected}\n{help}");
             }
+        }
+        for name in OWN_DEFAULTS {
+            let help = command.find_subcommand_mut(name).unwrap().render_long_help().to_string();
+            assert!(!help.contains("[env: NEMOTRON_TP=]") && !help.contains("from the profile"), "{name}: {help}");
         }
     }
 
