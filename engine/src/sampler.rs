@@ -185,20 +185,24 @@ pub fn logprobs(spec: LogprobSpec, token: u32, logits: &[f32]) -> Logprobs {
 fn argmax(logits: &[f32]) -> Result<(u32, f32), NotFinite> {
     // By lanes, so that it is done in vectors.
     let (chunks, rest) = logits.as_chunks::<16>();
-    let (mut lanes, mut sane) = ([f32::NEG_INFINITY; 16], true);
+    let (mut lanes, mut insane) = ([f32::NEG_INFINITY; 16], [0; 16]);
     for chunk in chunks {
         for i in 0..16 {
             lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
-            sane &= chunk[i] < f32::INFINITY;
+            insane[i] |= u32::from(!is_sane(chunk[i]));
         }
     }
-    let mut max = f32::NEG_INFINITY;
-    for logit in lanes.iter().chain(rest) {
-        max = if *logit > max { *logit } else { max };
-        sane &= *logit < f32::INFINITY;
-    }
-    let best = logits.iter().position(|logit| *logit == max);
-    best.filter(|_| sane && max.is_finite()).map(|best| (best as u32, max)).ok_or(NotFinite)
+    let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, logit| if *logit > max { *logit } else { max });
+    let is_sane = insane == [0; 16] && rest.iter().copied().all(is_sane) && max.is_finite();
+    let has_max = |chunk: &[f32; 16]| chunk.iter().fold(false, |has, logit| has | (*logit == max));
+    let start = 16 * chunks.iter().position(has_max).unwrap_or(chunks.len());
+    let best = logits[start..].iter().position(|logit| *logit == max);
+    best.filter(|_| is_sane).map(|best| ((start + best) as u32, max)).ok_or(NotFinite)
+}
+
+/// Neither NaN nor +∞.
+fn is_sane(logit: f32) -> bool {
+    logit < f32::INFINITY
 }
 
 /// `logits` are shifted by `-shift` from their scaled values; the sign that the repetition penalty asks about is the unshifted one's.
