@@ -47,7 +47,7 @@ fn measure(name: &str, sampling: &Sampling) -> Result<(), Box<dyn Error>> {
         scheduler.add(Sequence::new(row as u64, row as u64, request, sender));
     }
     // Each row has one likely id among ordinary pieces and a hundred that follow it.
-    let noise = |i: usize| (i * 2_654_435_761 >> 13) % 1000;
+    let noise = |i: usize| ((i * 2_654_435_761) >> 13) % 1000;
     let logits: Vec<f32> = (0..ROWS * vocab)
         .map(|i| {
             let (row, id) = (i / vocab, i % vocab);
