@@ -27,7 +27,10 @@ const MOST_LINES: usize = 10_000;
 /// Lines that a rank which never joined said, and that are shown.
 const OWN_LINES: usize = 4;
 
-/// How long those lines may take longer than what srun says about the rank: they come another way.
+/// What srun says of a rank whose own lines tell why: a plugin or the system did not let it start.
+const NOT_STARTED: &str = "could not execve job";
+
+/// How long those lines may take longer than srun's: they come another way.
 const OWN_LINES_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The step that holds all ranks. Dropping it ends them.
@@ -49,7 +52,7 @@ pub(crate) struct Step {
     /// How many of those lines [`Ranks::refused`] has looked at.
     known: usize,
     refused: BTreeSet<usize>,
-    /// Refused ranks that have not said why themselves, with srun's reason and since when.
+    /// Refused ranks that have not said why themselves, with srun's reason and until when they may.
     silent: Vec<(usize, String, Instant)>,
     collapse: Option<String>,
 }
@@ -240,16 +243,17 @@ impl Ranks for Step {
                 (_, Some((node, how))) => (all.filter(|&rank| self.node_of(rank) == node).collect(), how),
                 _ => continue,
             };
+            let patience = if how.contains(NOT_STARTED) { OWN_LINES_PATIENCE } else { Duration::ZERO };
             let news = ranks.into_iter().filter(|rank| self.refused.insert(*rank));
-            self.silent.extend(news.map(|rank| (rank, how.to_owned(), Instant::now())));
+            self.silent.extend(news.map(|rank| (rank, how.to_owned(), Instant::now() + patience)));
         }
         let mut refused = Vec::new();
         let (words, all_said) = (&self.words, self.srun.is_none());
-        self.silent.retain(|(rank, how, since)| {
+        self.silent.retain(|(rank, how, until)| {
             let label = format!("{rank}: ");
             let own = words.iter().filter_map(|line| line.trim_start().strip_prefix(&label));
             let own: Vec<&str> = own.map(str::trim).filter(|line| !line.is_empty()).take(OWN_LINES).collect();
-            if own.is_empty() && !all_said && since.elapsed() < OWN_LINES_PATIENCE {
+            if own.is_empty() && !all_said && Instant::now() < *until {
                 return true;
             }
             let mut own = own.join("; ").trim_start_matches("error: ").to_owned();
