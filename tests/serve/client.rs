@@ -110,6 +110,10 @@ async fn a_client_says_what_went_wrong() {
         assert_eq!(output.status.code(), Some(1), "{stderr}");
         assert!(stderr.contains("the connection to http://127.0.0.1:"), "{stderr}");
         server.child.wait().expect("it ends");
+        // The rank that listens may take a moment longer to go.
+        while TcpStream::connect(server.address()).is_ok() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
         let absent = server.client(&["--prompt", "a"], "");
         let stderr = String::from_utf8_lossy(&absent.stderr);
         assert!(absent.status.code() == Some(1) && stderr.contains("nothing answers at"), "{stderr}");
