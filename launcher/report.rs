@@ -179,6 +179,10 @@ impl From<CheckpointError> for Failure {
             CheckpointError::Corrupt { .. } => {
                 "copy the file again; `nemotron inspect --verify` compares all files".into()
             }
+            CheckpointError::Damaged { .. } | CheckpointError::MissingTensor { .. } => {
+                "copy the checkpoint again, whole; `nemotron inspect` tells at once whether its files fit together"
+                    .into()
+            }
             CheckpointError::Link { .. } => "copy the file into the directory of the checkpoint".into(),
             _ => {
                 "a model is a Hugging Face or NeMo directory, a .nemo or .gguf file, or `builtin` (docs/checkpoints.md)"
